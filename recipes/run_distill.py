@@ -1,0 +1,79 @@
+"""Distil a DeiT: `accelerate launch recipes/run_distill.py [recipe.yaml] [--key value ...]`.
+
+Without a recipe it runs quickstart.yaml: offline, on a CPU, the teacher included. `--help` lists the keys.
+"""
+
+from pathlib import Path
+
+import run_teacher
+from transformers import set_seed
+
+from hf_deit import (
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DistillationConfig,
+    DistillationTrainer,
+    build_image_processor,
+    build_views,
+    load_image_dataset,
+    load_teacher,
+)
+from hf_deit.recipe import DataArguments, ModelArguments, exit_clearly, parse_recipe
+
+
+RECIPES = Path(__file__).parent
+
+
+def build_student(model_args: ModelArguments, image_size: int, id2label: dict[int, str]):
+    """The checkpoint that is named, or fresh weights."""
+    model_class = DeiTForImageClassification
+    if model_args.use_distillation_token:
+        model_class = DeiTForImageClassificationWithTeacher
+    fields = model_args.config_overrides() | {"image_size": image_size, "id2label": id2label}
+    if model_args.model_name_or_path is not None:
+        return model_class.from_pretrained(
+            model_args.model_name_or_path, attn_implementation=model_args.attn_implementation, **fields
+        )
+    config = DeiTConfig.from_size(model_args.model_size or "base", **fields)
+    return model_class._from_config(config, attn_implementation=model_args.attn_implementation)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    # 1. What to do
+    model_args, data_args, training_args = parse_recipe(
+        (ModelArguments, DataArguments, DistillationConfig), argv, RECIPES / "quickstart.yaml"
+    )
+    needs_teacher = training_args.distillation_type in ("hard", "soft")
+    if needs_teacher and model_args.teacher_recipe is not None and not Path(model_args.teacher).exists():
+        run_teacher.main([str(RECIPES / model_args.teacher_recipe), "--output_dir", model_args.teacher])
+    set_seed(training_args.seed)
+
+    # 2. The images
+    images = load_image_dataset(**data_args.loading())
+    train_views, eval_views = build_views(images, training_args, data_args.image_size, data_args.crop_ratio)
+    id2label = dict(enumerate(images["train"].features["label"].names))
+    processor = build_image_processor(eval_views.transform)
+
+    # 3. The student and its teacher
+    student = build_student(model_args, data_args.image_size, id2label)
+    teacher = None
+    if needs_teacher and model_args.teacher is not None:
+        teacher = load_teacher(
+            model_args.teacher, id2label=id2label, mean=processor.image_mean, std=processor.image_std
+        )
+
+    # 4. Train, evaluate, save
+    trainer = DistillationTrainer(
+        student,
+        training_args,
+        teacher,
+        train_dataset=train_views,
+        eval_dataset=eval_views,
+        processing_class=processor,
+    )
+    return trainer.train_and_save()
+
+
+if __name__ == "__main__":
+    exit_clearly(main)

@@ -1,0 +1,46 @@
+"""Metadata and dependencies. The tested versions are in constraints.txt, the tools' settings in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "src/hf_deit/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
+
+INSTALL = [
+    "torch",
+    "torchvision",  # timm imports it
+    "transformers>=5.23,<6",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "timm",
+    "albumentations==2.0.8",  # the last MIT release; its successor is AGPL
+    "huggingface_hub",
+    "matplotlib",
+    "numpy",
+    "pillow>=11",
+    "pyyaml",
+    "safetensors",
+    "scikit-learn",  # holds the quickstart's digits
+]
+TENSORBOARD = ["tensorboard"]
+DEV = [*TENSORBOARD, "parameterized", "pytest", "pytest-xdist", "ruff"]
+
+setup(
+    name="hf_deit",
+    version=VERSION,
+    description="A trainable DeiT for Hugging Face: train, distil, fine-tune, evaluate and publish.",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"hf_deit": ["*.md"]},
+    install_requires=INSTALL,
+    extras_require={"dev": DEV, "tensorboard": TENSORBOARD},
+)

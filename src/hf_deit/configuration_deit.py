@@ -1,0 +1,150 @@
+"""DeiTConfig: what the network is. How it is trained is in distillation_config.py.
+
+The fields are those of the Hub's `deit` configurations plus three of our own (`drop_path_rate`, `head_fusion`,
+`use_distillation_token`). The defaults are the paper's DeiT-B at 224 pixels, trained as in Table 9.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+# Table 1: width and heads; 12 layers and 64 dimensions a head throughout.
+SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
+
+HEAD_FUSIONS = ("softmax", "logits", "class", "distillation")
+
+# A config.json without one of these keys was written by stock Transformers. It must go on giving stock's numbers.
+STOCK_VALUES = {
+    "drop_path_rate": 0.0,
+    "head_fusion": "logits",
+    "use_distillation_token": True,
+    "layer_norm_eps": 1e-12,
+}
+
+
+def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """`n` or `(height, width)` as `(height, width)`."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
+
+
+class DeiTConfig(PreTrainedConfig):
+    """Configuration of a DeiT.
+
+    Args:
+        hidden_size: width of a token.
+        num_hidden_layers: number of transformer blocks.
+        num_attention_heads: heads a block; must divide `hidden_size`.
+        intermediate_size: width of the feed-forward layer; None is four times `hidden_size`, as in the paper.
+        hidden_act: its activation, a name Transformers knows.
+        hidden_dropout_prob: dropout after the embeddings and on both branches of a block, in [0, 1). Paper: 0.
+        attention_probs_dropout_prob: dropout of the attention weights, in [0, 1). Paper: 0.
+        drop_path_rate: stochastic depth of the last block, in [0, 1), growing linearly from 0 at the first. Table 9:
+            0.1.
+        initializer_range: standard deviation of the truncated normal of every linear weight, token and position.
+        layer_norm_eps: epsilon of every layer norm. The authors' 1e-6; a loaded checkpoint keeps its own (stock's:
+            1e-12).
+        image_size: pixels, side or `(height, width)`; must be a multiple of `patch_size`.
+        patch_size: pixels, side or `(height, width)`.
+        num_channels: colour channels.
+        qkv_bias: whether query, key and value have a bias.
+        use_distillation_token: False is the plain DeiT of Table 1 (a ViT): one token and one position less, one head.
+        head_fusion: how the two-head classifier predicts: `"softmax"`, log of the mean of both heads' probabilities
+            (section 4 of the paper); `"logits"`, mean of the logits (the authors' code and stock Transformers);
+            `"class"` or `"distillation"`, one head alone.
+        encoder_stride: unused here; stock's masked-image decoder reads it.
+        pooler_output_size: width of [`DeiTModel`]'s pooler; None is `hidden_size`.
+        pooler_act: its activation.
+
+    Raises:
+        ValueError: for sizes that do not divide, an unknown fusion or a rate outside its range.
+
+    Source: Table 1 and Table 9 of the paper; facebookresearch/deit models.py (epsilon).
+    """
+
+    model_type = "deit"
+    # Hub names of the layers, for `from_pretrained(distributed_config=...)`.
+    base_model_fsdp_plan = {"encoder.layer.*": "free_full_weight", "layernorm": "keep_full_weight"}
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    drop_path_rate: float = 0.1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    use_distillation_token: bool = True
+    head_fusion: str = "softmax"
+    encoder_stride: int = 16
+    pooler_output_size: int | None = None
+    pooler_act: str = "tanh"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.pooler_output_size = self.pooler_output_size or self.hidden_size
+        super().__post_init__(**kwargs)
+        self.check()
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: Any) -> DeiTConfig:
+        """Table 1's `"tiny"`, `"small"` or `"base"`; keyword arguments override single fields."""
+        if size not in SIZES:
+            raise ValueError(f"model size is {size!r}; choose one of {', '.join(SIZES)}")
+        width, heads = SIZES[size]
+        fields = {"hidden_size": width, "num_attention_heads": heads}
+        return cls(**(fields | overrides))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As in Transformers; keys that only we know and stock did not write take stock's behaviour."""
+        loaded = super().from_dict(STOCK_VALUES | config_dict, **kwargs)
+        # Keyword arguments are set after construction: `from_pretrained(..., image_size=385)` must not get through.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).check()
+        return loaded
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: the class token and, with it, the distillation token."""
+        return 2 if self.use_distillation_token else 1
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches: (rows, columns)."""
+        (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    def check(self) -> None:
+        """Raise ValueError where the fields do not make a network."""
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
+                "the paper has 64 dimensions a head"
+            )
+        image, patch = as_pair(self.image_size), as_pair(self.patch_size)
+        if min(*image, *patch) < 1 or image[0] % patch[0] or image[1] % patch[1]:
+            fitting = [max(1, round(side / max(part, 1))) * part for side, part in zip(image, patch, strict=True)]
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
+                f"the nearest that fits is {fitting[0] if fitting[0] == fitting[1] else tuple(fitting)}"
+            )
+        for name in ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if self.head_fusion not in HEAD_FUSIONS:
+            raise ValueError(f"head_fusion is {self.head_fusion!r}; choose one of {', '.join(HEAD_FUSIONS)}")

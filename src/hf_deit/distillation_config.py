@@ -1,0 +1,164 @@
+"""DistillationConfig: how a DeiT is trained. The defaults are Table 9 of the paper.
+
+What the network *is* stands in configuration_deit.py; which data, model and teacher to load, in recipe.py.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from .losses import DISTILLATION_TYPES, KL_REDUCTIONS
+
+
+logger = logging.get_logger(__name__)
+
+# "lr = 0.0005 x batchsize / 512" (Table 9).
+PAPER_BASE_LEARNING_RATE = 5e-4
+BASE_BATCH_SIZE = 512
+
+
+def _workers_per_process() -> int:
+    """Every core this process may use, shared by the processes of the machine; at most the 10 of the authors' code."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(10, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """[`TrainingArguments`] with the paper's defaults and the fields of its method; each field's help says the rest.
+
+    Fields of TrainingArguments whose default differs: the optimisation of Table 9 (epochs, batch, weight decay, label
+    smoothing, no clipping, cosine schedule), evaluation and a checkpoint every epoch, two checkpoints kept, no filter
+    that hides NaN losses, all columns kept, as many loader workers as the machine has cores for.
+
+    Raises:
+        ValueError: unknown `distillation_type` or `kl_reduction`, a number outside its range, both learning rates given,
+            `min_lr` above the learning rate, a warm-up as long as the run.
+    """
+
+    # Distillation
+    distillation_type: str = _option(
+        "hard",
+        "'hard' (eq. 3), 'soft' (eq. 2), 'label' (the second token learns the true label: the control of section 4) "
+        "or 'none'.",
+    )
+    distillation_alpha: float | None = _option(
+        None, "Weight of the teacher's term, in [0, 1]. Unset: 0.5, and 0.1 for 'soft' (section 6)."
+    )
+    distillation_temperature: float = _option(3.0, "Temperature tau of eq. 2; 'soft' only.")
+    kl_reduction: str = _option(
+        "batchmean", "'batchmean', or 'numel' to divide by batch x classes as the authors' code does; 'soft' only."
+    )
+
+    # Augmentation of each view
+    num_repeats: int = _option(3, "Repeated augmentation: views of an image in a batch; 1 turns it off.")
+    auto_augment: str = _option(
+        "rand-m9-mstd0.5-inc1", "Policy in timm's notation: RandAugment, 'original' or 'v0' (AutoAugment), or 'none'."
+    )
+    color_jitter: float = _option(0.3, "Strength of the colour jitter, used only where auto_augment is 'none'.")
+    horizontal_flip: float = _option(0.5, "Probability of a left-right flip; 0 where left and right differ (digits).")
+    min_crop_scale: float = _option(0.08, "Smallest share of the image's area that a random crop keeps, in (0, 1].")
+
+    # Regularisation of the batch, on the device
+    random_erasing_prob: float = _option(0.25, "Probability that a view loses a rectangle to noise.")
+    mixup_alpha: float = _option(0.8, "Beta parameter of Mixup; 0 turns it off.")
+    cutmix_alpha: float = _option(1.0, "Beta parameter of CutMix; 0 turns it off.")
+    mix_prob: float = _option(1.0, "Probability that a batch is mixed.")
+    mix_switch_prob: float = _option(0.5, "Probability of CutMix where Mixup is on too.")
+    label_smoothing_factor: float = _option(0.1, "Smoothing of the true labels, in [0, 1).")
+
+    # Optimisation
+    num_train_epochs: float = _option(300, "Epochs; one epoch is as many views as the set has images.")
+    per_device_train_batch_size: int = _option(128, "Views per device and forward pass; 1024 on the paper's 8 GPUs.")
+    per_device_eval_batch_size: int = _option(256, "Images per device and forward pass in evaluation.")
+    learning_rate: float | None = _option(None, "Peak learning rate, final: it is not scaled. Excludes the next.")
+    base_learning_rate: float | None = _option(
+        None, "Peak learning rate at a global batch of 512, scaled linearly. Unset with learning_rate unset: 5e-4."
+    )
+    min_lr: float = _option(1e-5, "Learning rate at the end of the cosine.")
+    warmup_lr: float = _option(1e-6, "Learning rate at the first step.")
+    warmup_epochs: float = _option(5, "Epochs of linear warm-up; warmup_steps, if given, comes first.")
+    weight_decay: float = _option(0.05, "Decay of AdamW; not on biases, norms, class token and positions.")
+    max_grad_norm: float = _option(0.0, "Clipping; 0 is none, as in the paper.")
+    lr_scheduler_type: str = _option("cosine_warmup_with_min_lr", "Any of Transformers'; the paper's is a cosine.")
+    ema_decay: float | None = _option(None, "Moving average of the weights, evaluated beside them; authors: 0.99996.")
+
+    # The run
+    eval_strategy: str = _option("epoch", "When to evaluate: 'epoch', 'steps' or 'no'.")
+    save_strategy: str = _option("epoch", "When to write a checkpoint: 'epoch', 'steps' or 'no'.")
+    save_total_limit: int | None = _option(2, "Checkpoints kept.")
+    logging_steps: float = _option(50, "Steps between two lines of the log.")
+    logging_nan_inf_filter: bool = _option(False, "A non-finite loss stops the run; it is never averaged away.")
+    remove_unused_columns: bool = _option(False, "Views carry their seeds beside the model's inputs.")
+    dataloader_num_workers: int = field(
+        default_factory=_workers_per_process, metadata={"help": "Loader processes. Unset: the cores, at most 10."}
+    )
+    dataloader_persistent_workers: bool = _option(True, "Keep the loader processes between epochs.")
+
+    def __post_init__(self):
+        if self.auto_augment in (None, ""):
+            self.auto_augment = "none"
+        if self.dataloader_num_workers == 0:
+            self.dataloader_persistent_workers = False
+        if self.label_names is None:
+            self.label_names = ["labels"]
+        super().__post_init__()
+        self._check_ranges()
+        self._resolve_learning_rate()
+        if self.lr_scheduler_type == "cosine_warmup_with_min_lr" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {
+                "min_lr": self.min_lr,
+                "warmup_lr_rate": min(self.warmup_lr / self.learning_rate, 1.0),
+            }
+
+    def _check_ranges(self) -> None:
+        for name, choices in (("distillation_type", DISTILLATION_TYPES), ("kl_reduction", KL_REDUCTIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if self.distillation_alpha is not None and not 0 <= self.distillation_alpha <= 1:
+            raise ValueError(f"distillation_alpha is {self.distillation_alpha}; it is a weight in [0, 1]")
+        if self.distillation_temperature <= 0:
+            raise ValueError(f"distillation_temperature is {self.distillation_temperature}; it must be above 0")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(f"label_smoothing_factor is {self.label_smoothing_factor}; it lies in [0, 1)")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it lies in (0, 1), leave it out for no moving average")
+        if self.max_steps <= 0 and not self.warmup_steps and self.warmup_epochs >= self.num_train_epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g} of num_train_epochs {self.num_train_epochs:g}: nothing is left "
+                "to train; shorten the warm-up or lengthen the run"
+            )
+
+    def _resolve_learning_rate(self) -> None:
+        scaled = (self.base_learning_rate or PAPER_BASE_LEARNING_RATE) * self.effective_batch_size / BASE_BATCH_SIZE
+        if self.learning_rate is None:
+            self.learning_rate = scaled
+        elif self.base_learning_rate is not None and self.learning_rate != scaled:
+            raise ValueError(
+                f"learning_rate {self.learning_rate:g} and base_learning_rate {self.base_learning_rate:g} are both given: "
+                "keep learning_rate for a final value, or base_learning_rate for one scaled by batch / 512"
+            )
+        if self.lr_scheduler_type == "cosine_warmup_with_min_lr" and self.min_lr > self.learning_rate:
+            raise ValueError(
+                f"min_lr {self.min_lr:g} is above the learning rate {self.learning_rate:g} (batch "
+                f"{self.effective_batch_size}): the cosine would rise; lower min_lr or raise the learning rate"
+            )
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Views per optimiser step: per device x devices x gradient accumulation."""
+        return self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """`warmup_steps` if given, else the share of the run that `warmup_epochs` is of `num_train_epochs`."""
+        if self.warmup_steps:
+            return super().get_warmup_steps(num_training_steps)
+        return min(round(num_training_steps * self.warmup_epochs / self.num_train_epochs), num_training_steps)

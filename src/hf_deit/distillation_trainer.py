@@ -1,0 +1,296 @@
+"""DistillationTrainer: Transformers' Trainer with what DeiT changes and nothing else.
+
+The order of the views, the batch's way on the device, the loss with the teacher's answer in it, the parameter groups, the
+accuracy of the three heads. The numbers come from distillation_config.py, the mathematics from losses.py and mixing.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_pt_utils import get_parameter_names
+from transformers.utils import logging
+
+from .data import collate_views
+from .distillation_config import DistillationConfig
+from .ema import ExponentialMovingAverage
+from .losses import distillation_loss
+from .metrics import TopKAccuracy, three_head_accuracy
+from .mixing import Mixing, normalize
+from .plots import plot_run
+from .repeated_augmentation import RepeatedAugmentationSampler
+
+
+logger = logging.get_logger(__name__)
+
+# "No decay on biases, norms, class token and positions"; the authors do decay the distillation token
+# (facebookresearch/deit, no_weight_decay of its models).
+NOT_DECAYED = (r"bias", r"(^|\.)[a-z_]*norm[a-z_]*(\.|$)", r"cls_token", r"position_embeddings|pos_embed")
+
+TOP_K = 5
+
+
+class DistillationTrainer(Trainer):
+    """Trains an image classifier, with or without a teacher.
+
+    Args:
+        model: [`DeiTForImageClassificationWithTeacher`], or any classifier of Transformers that returns `logits`.
+        args: [`DistillationConfig`].
+        teacher: a [`Teacher`] from [`load_teacher`]. It is no part of the model: not trained, wrapped, gathered or saved.
+        train_dataset: [`TrainViews`], or any map-style set of `{"pixel_values", "labels"}`.
+        eval_dataset: [`EvalViews`], or the like.
+        mean, std: per channel, of the pixels' normalisation (uint8 pixels only); the processing_class's if it has them.
+        **kwargs: as for `Trainer`.
+
+    Raises:
+        ValueError: the distillation type needs a teacher and there is none; the model's distillation head would learn
+            nothing; the batch is larger than the training set.
+        FloatingPointError: the loss or a gradient is not finite.
+    """
+
+    # Each batch's loss is a mean over views, so accumulation must divide it; never scaled by a count of labels, which
+    # for mixed targets would be batch x classes.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: DistillationConfig,
+        teacher: nn.Module | None = None,
+        *,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        data_collator: Callable = collate_views,
+        compute_metrics: Callable = three_head_accuracy,
+        **kwargs,
+    ):
+        super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
+        self._check_heads_and_teacher(teacher)
+        self.teacher = teacher.to(args.device) if teacher is not None else None
+        self.mixing = Mixing(
+            model.config.num_labels,
+            mean or self.processing_class.image_mean,
+            std or self.processing_class.image_std,
+            mixup_alpha=args.mixup_alpha,
+            cutmix_alpha=args.cutmix_alpha,
+            mix_prob=args.mix_prob,
+            switch_prob=args.mix_switch_prob,
+            random_erasing_prob=args.random_erasing_prob,
+        )
+        self.ema = None
+        if args.ema_decay is not None:
+            self.ema = ExponentialMovingAverage(args.ema_decay)
+            self.add_callback(self.ema)
+        self._loss_sums: dict[str, Tensor] = {}
+        self._batches_summed = 0
+
+    def _check_heads_and_teacher(self, teacher: nn.Module | None) -> None:
+        kind = self.args.distillation_type
+        if kind in ("hard", "soft") and teacher is None:
+            raise ValueError(
+                f"distillation_type is {kind!r} and there is no teacher: name one with teacher, or set distillation_type "
+                "to 'none' (labels only) or 'label' (both heads learn the labels)"
+            )
+        if kind == "none" and hasattr(self.model, "distillation_classifier"):
+            raise ValueError(
+                "distillation_type is 'none' and the model has a distillation head, which would stay untrained: use "
+                "DeiTForImageClassification (use_distillation_token: false), or distillation_type 'label'"
+            )
+
+    # The order of the views
+
+    def _get_train_sampler(self, train_dataset=None) -> RepeatedAugmentationSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        batch_size = self.get_total_train_batch_size(self.args)
+        if len(dataset) < batch_size:
+            raise ValueError(
+                f"one step takes {batch_size} views and the training set has {len(dataset)} images: lower "
+                "per_device_train_batch_size or gradient_accumulation_steps"
+            )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RepeatedAugmentationSampler(len(dataset), self.args.num_repeats, seed, batch_size)
+
+    # Optimisation
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that AdamW decays: the matrices and the distillation token."""
+        return get_parameter_names(model, [nn.LayerNorm], list(NOT_DECAYED))
+
+    # The loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, object]:
+        """The paper's loss of one batch of views; its parts are logged by name. `num_items_in_batch` is not used."""
+        view_seeds = inputs.get("view_seeds")
+        if view_seeds is None:  # a set that is not ours: its views have no seeds of their own
+            view_seeds = torch.randint(2**63 - 1, (len(inputs["labels"]),)).numpy()
+        pixel_values, labels = self.mixing(inputs["pixel_values"], inputs["labels"], view_seeds)
+        teacher_logits = self.teacher(pixel_values) if self.teacher is not None else None
+        outputs = model(pixel_values=pixel_values)
+        losses = distillation_loss(
+            outputs.get("cls_logits", outputs["logits"]),
+            outputs.get("distillation_logits"),
+            labels,
+            teacher_logits,
+            distillation_type=self.args.distillation_type,
+            alpha=self.args.distillation_alpha,
+            temperature=self.args.distillation_temperature,
+            label_smoothing=self.args.label_smoothing_factor,
+            kl_reduction=self.args.kl_reduction,
+        )
+        for name, value in losses.items():
+            if name != "loss":
+                self._loss_sums[name] = self._loss_sums.get(name, 0) + value.detach()
+        self._batches_summed += 1
+        return (losses["loss"], outputs) if return_outputs else losses["loss"]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None) -> Tensor | float:
+        """Called once per step between backward and the optimizer: the place to stop before the weights are hurt."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # Under fp16 the scaler skips steps with infinite gradients and lowers its scale: that is not a failure.
+        if not math.isfinite(grad_norm) and self.accelerator.scaler is None:
+            self._stop_on_non_finite(float(grad_norm))
+        return grad_norm
+
+    def _stop_on_non_finite(self, grad_norm: float) -> None:
+        losses = {name: (value / self._batches_summed).item() for name, value in self._loss_sums.items()}
+        raise FloatingPointError(
+            f"training stopped at step {self.state.global_step + 1}: gradient norm {grad_norm}, learning rate "
+            f"{self._get_learning_rate():.3g}, mean losses since the last log {losses}. No weight was changed in this "
+            f"step; checkpoints in {self.args.output_dir} are from before it. Usual causes: a learning rate too high, a "
+            "warm-up too short, fp16 (use bf16), a damaged input"
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the mean of each part of the loss since the last line, over all ranks."""
+        if "loss" in logs and self._batches_summed:
+            for name, value in self._loss_sums.items():
+                logs[name] = self.accelerator.reduce(value / self._batches_summed, reduction="mean").item()
+            self._loss_sums, self._batches_summed = {}, 0
+        super().log(logs, start_time)
+
+    # The whole run
+
+    def train_and_save(self) -> dict[str, float]:
+        """Trains, evaluates the student and its teacher, and leaves everything a run leaves in `output_dir`.
+
+        That is model.safetensors, config.json, preprocessor_config.json, README.md (the card), all_results.json,
+        trainer_state.json and report.png.
+
+        Returns:
+            What all_results.json holds: Trainer's names, `eval_top1` and so on as fractions in [0, 1].
+        """
+        if self.is_world_process_zero():
+            print(self.banner(), flush=True)
+        train_metrics = self.train(resume_from_checkpoint=self.args.resume_from_checkpoint).metrics
+        self.save_model()
+        self.save_metrics("train", train_metrics)
+        metrics = self.evaluate()
+        if self.teacher is not None:
+            metrics |= self.evaluate_teacher()
+        self.save_metrics("eval", metrics)
+        self.save_state()
+        if self.is_world_process_zero():
+            self.create_model_card()
+            plot_run(
+                self.state.log_history, Path(self.args.output_dir, "report.png"), teacher_top1=metrics.get("teacher_top1")
+            )
+            print(accuracy_table(metrics), f"everything is in {self.args.output_dir}", sep="\n", flush=True)
+        return train_metrics | metrics
+
+    def banner(self) -> str:
+        """What is about to happen, in the numbers that most often turn out to be wrong afterwards."""
+        args = self.args
+        batch_size = self.get_total_train_batch_size(args)
+        steps_per_epoch = len(self.train_dataset) // batch_size
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        teacher = "none"
+        if self.teacher is not None:
+            teacher = f"{self.teacher.name}, {self.teacher.num_parameters / 1e6:.2f}M parameters"
+        return "\n".join(
+            f"{name:<11}{value}"
+            for name, value in {
+                "model": f"{type(self.model).__name__}, {parameters / 1e6:.2f}M parameters",
+                "teacher": teacher,
+                "loss": args.distillation_type,
+                "images": f"{len(self.train_dataset):,} to train, {len(self.eval_dataset or ()):,} to evaluate",
+                "batch": f"{batch_size} views = {args.per_device_train_batch_size} x {args.world_size} processes x "
+                f"{args.gradient_accumulation_steps} accumulation; {args.num_repeats} views of an image",
+                "steps": f"{steps:,} = {args.num_train_epochs:g} epochs of {steps_per_epoch:,}, "
+                f"{args.get_warmup_steps(steps):,} of them warm-up",
+                "lr": f"{args.learning_rate:.4g} at the peak, {args.lr_scheduler_type}; weight decay {args.weight_decay:g}",
+                "precision": f"{self.accelerator.mixed_precision} on {args.device}",
+            }.items()
+        )
+
+    # Evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, tuple[Tensor, Tensor] | None, Tensor | None]:
+        """What evaluation needs of a batch, small enough to gather from every rank.
+
+        Returns:
+            None; the best classes of each head `(batch, heads, 5)` int64, fused first, then class and distillation, and
+            the fused prediction's cross-entropy `(batch,)` float32, nats; the labels `(batch,)`.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(pixel_values=normalize(inputs["pixel_values"], self.mixing.mean, self.mixing.std))
+        heads = [outputs["logits"]]
+        if "distillation_logits" in outputs:
+            heads += [outputs["cls_logits"], outputs["distillation_logits"]]
+        labels = inputs["labels"]
+        cross_entropy = F.cross_entropy(outputs["logits"].float(), labels, reduction="none")
+        return None, (_best_classes(torch.stack(heads, dim=1)), cross_entropy), labels
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Accuracy of the three heads; with `ema_decay`, of the averaged weights too (`eval_ema_...`)."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.ema is not None and self.ema.average:
+            with self.ema.averaged_weights(self.model):
+                metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema")
+        return metrics
+
+    @torch.no_grad()
+    def evaluate_teacher(self) -> dict[str, float]:
+        """The teacher's `teacher_top1` and `teacher_top5` on the evaluation set, as fractions."""
+        best_classes, labels = [], []
+        for batch in self.get_eval_dataloader():
+            batch = self._prepare_inputs(batch)
+            logits = self.teacher(normalize(batch["pixel_values"], self.mixing.mean, self.mixing.std))
+            gathered = self.accelerator.gather_for_metrics((_best_classes(logits), batch["labels"]))
+            best_classes.append(gathered[0].cpu())
+            labels.append(gathered[1].cpu())
+        accuracy = TopKAccuracy().compute(predictions=torch.cat(best_classes), references=torch.cat(labels))
+        return {f"teacher_{name}": value for name, value in accuracy.items()}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            self.ema.load(resume_from_checkpoint)
+
+
+def accuracy_table(metrics: dict[str, float]) -> str:
+    """The last lines of a run: held-out accuracy of each head, and of the teacher where there is one."""
+    rows = {"class head": "eval_class", "distillation head": "eval_distillation", "fused": "eval", "teacher": "teacher"}
+    if "eval_class_top1" not in metrics:
+        rows["model"] = rows.pop("fused")
+    lines = [f"{'held-out accuracy':<18}{'top-1':>8}{'top-5':>8}"]
+    for title, prefix in rows.items():
+        if f"{prefix}_top1" in metrics:
+            lines.append(f"{title:<18}{metrics[f'{prefix}_top1']:>8.4f}{metrics[f'{prefix}_top5']:>8.4f}")
+    return "\n".join(lines)
+
+
+def _best_classes(logits: Tensor) -> Tensor:
+    """`(..., classes)` to the `(..., min(5, classes))` best class indices, best first."""
+    return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices

@@ -1,0 +1,138 @@
+"""The training objectives of the paper, as pure functions of logits.
+
+Eq. 2 (soft distillation), eq. 3 (hard distillation) and the cross-entropy against soft targets that Mixup and CutMix
+need. Nothing here knows a model, a teacher or a trainer; everything is computed in float32 whatever comes in.
+
+Source: Touvron et al. 2021 (arXiv 2012.12877), section 4; facebookresearch/deit losses.py for the conventions named below.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+DISTILLATION_TYPES = ("none", "soft", "hard", "label")
+KL_REDUCTIONS = ("batchmean", "numel")
+
+
+def default_alpha(distillation_type: str) -> float:
+    """Weight of the teacher's term: 0.1 for soft (section 6, "λ = 0.1"), one half otherwise (eq. 3), 0 without a teacher."""
+    return {"none": 0.0, "soft": 0.1}.get(distillation_type, 0.5)
+
+
+def soft_target_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy against a distribution over classes, mean over the batch.
+
+    Args:
+        logits: `(batch, classes)`, any float dtype.
+        targets: `(batch, classes)`, float, rows sum to 1 (what [`Mixing`] returns).
+        label_smoothing: in [0, 1); moves that share of each row to the uniform distribution.
+
+    Returns:
+        Scalar, float32, nats.
+
+    Raises:
+        ValueError: if the two shapes differ.
+    """
+    if logits.shape != targets.shape:
+        raise ValueError(
+            f"soft targets have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}: both must be (batch, classes)"
+        )
+    return F.cross_entropy(logits.float(), targets.float(), label_smoothing=label_smoothing)
+
+
+def _true_label_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    if labels.dim() == 1:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    return soft_target_cross_entropy(logits, labels, label_smoothing)
+
+
+def _soft_distillation(logits: Tensor, teacher_logits: Tensor, temperature: float, kl_reduction: str) -> Tensor:
+    """τ² KL(teacher ‖ student) at temperature τ: the second term of eq. 2 without its λ.
+
+    The paper writes the two softmaxes in the other order; the direction here is that of Hinton et al. and of the
+    authors' code. They also divided by batch x classes ("numel"), a factor of 1000 less on ImageNet than the batch mean.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(logits.float() / temperature, dim=1),
+        F.log_softmax(teacher_logits.float() / temperature, dim=1),
+        reduction="sum",
+        log_target=True,
+    )
+    count = logits.shape[0] if kl_reduction == "batchmean" else logits.numel()
+    return divergence * (temperature**2 / count)
+
+
+def distillation_loss(
+    class_logits: Tensor,
+    distillation_logits: Tensor | None,
+    labels: Tensor,
+    teacher_logits: Tensor | None = None,
+    *,
+    distillation_type: str = "hard",
+    alpha: float | None = None,
+    temperature: float = 3.0,
+    label_smoothing: float = 0.1,
+    kl_reduction: str = "batchmean",
+) -> dict[str, Tensor]:
+    """The loss of one batch and its parts: `(1 - alpha) * class_loss + alpha * distillation_loss`.
+
+    The class head always learns the (smoothed) true label. The second term reaches the distillation head alone; where
+    the student has no distillation token it reaches the class head (Table 3, "usual" and "hard" rows).
+
+    Args:
+        class_logits: `(batch, classes)`, from the class token.
+        distillation_logits: `(batch, classes)` from the distillation token, or None for a student without one.
+        labels: `(batch,)` int64 in [0, classes), or `(batch, classes)` float soft targets.
+        teacher_logits: `(batch, classes)`; no gradient flows into them. Needed by "soft" and "hard".
+        distillation_type: "hard" (eq. 3), "soft" (eq. 2), "label" (the second term is the true label too: the
+            two-class-token control of section 4), "none" (the class term only).
+        alpha: weight of the second term in [0, 1]; None is the paper's: 1/2, and λ = 0.1 for "soft".
+        temperature: τ > 0 of eq. 2; "soft" only.
+        label_smoothing: ε in [0, 1), on true labels only, never on the teacher's.
+        kl_reduction: "batchmean", or "numel" for the scaling of the authors' released code; "soft" only.
+
+    Returns:
+        `loss`, `class_loss` and, unless the type is "none", `distillation_loss`: float32 scalars, nats, batch means.
+
+    Raises:
+        ValueError: unknown type or reduction, missing or misshapen teacher logits.
+
+    Source: eq. 2, eq. 3, section 4 and section 6 of the paper; facebookresearch/deit losses.py.
+    """
+    if distillation_type not in DISTILLATION_TYPES:
+        raise ValueError(f"distillation_type is {distillation_type!r}; choose one of {', '.join(DISTILLATION_TYPES)}")
+    class_loss = _true_label_loss(class_logits, labels, label_smoothing)
+    if distillation_type == "none":
+        return {"loss": class_loss, "class_loss": class_loss}
+
+    taught_logits = class_logits if distillation_logits is None else distillation_logits
+    if distillation_type == "label":
+        taught_loss = _true_label_loss(taught_logits, labels, label_smoothing)
+    else:
+        if teacher_logits is None:
+            raise ValueError(
+                f"distillation_type={distillation_type!r} needs teacher_logits; pass them, or use 'none' or 'label'"
+            )
+        if teacher_logits.shape != taught_logits.shape:
+            raise ValueError(
+                f"teacher_logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(taught_logits.shape)}: "
+                "teacher and student must see the same batch and know the same classes"
+            )
+        teacher_logits = teacher_logits.detach()
+        if distillation_type == "hard":
+            taught_loss = F.cross_entropy(taught_logits.float(), teacher_logits.argmax(dim=1))
+        elif kl_reduction in KL_REDUCTIONS:
+            taught_loss = _soft_distillation(taught_logits, teacher_logits, temperature, kl_reduction)
+        else:
+            raise ValueError(f"kl_reduction is {kl_reduction!r}; choose one of {', '.join(KL_REDUCTIONS)}")
+
+    if alpha is None:
+        alpha = default_alpha(distillation_type)
+    return {
+        "loss": torch.lerp(class_loss, taught_loss, alpha),
+        "class_loss": class_loss,
+        "distillation_loss": taught_loss,
+    }

@@ -1,0 +1,142 @@
+"""Top-k accuracy and disagreement, as `evaluate.Metric` modules that never leave the machine.
+
+`evaluate.load("accuracy")` fetches its script from the network and wants all logits (40 s for the 50,000 x 1,000 of
+ImageNet's validation set). These classes are part of the package, read the few best classes of each sample instead of
+logits, and keep everything in memory: no network, no cache file, nothing for two processes to collide on.
+
+Not here: choosing those classes (the trainer does, on the device) and the loss.
+Source: Table 4 of Touvron et al. 2021 (arXiv 2012.12877) for the disagreement; its top-1 everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import evaluate
+import numpy as np
+
+# evaluate describes its inputs with these three types of 🤗 datasets; by way of evaluate they stay behind one door.
+from evaluate.module import Features, Value
+from evaluate.module import Sequence as ListOf
+
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
+
+# The order of the heads in the trainer's predictions. A model with one head has the first only.
+HEADS = ("fused", "class", "distillation")
+
+
+class _LocalMetric(evaluate.Metric):
+    """A metric in memory: `add_batch` and `compute` as in evaluate, without its files."""
+
+    def __init__(self):
+        super().__init__(keep_in_memory=True)
+
+    def _build_data_dir(self) -> str:
+        # evaluate creates its cache folder here even for metrics in memory, which fails where the cache is read-only.
+        return ""
+
+    def compute(self, *, predictions=None, references=None, **kwargs) -> dict[str, float]:
+        """Compute the metric on what is given, or on all that `add_batch` collected."""
+        # Whole arrays skip evaluate's Arrow table, which encodes them value by value (0.6 s for 50,000 x 5).
+        if predictions is not None and self.writer is None:
+            return self._compute(predictions, references, **kwargs)
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
+
+class TopKAccuracy(_LocalMetric):
+    """Share of the samples whose label is among the k best classes.
+
+    `compute(predictions, references, top_k=(1, 5))`:
+        predictions: `(samples, K)`, int, the K best classes of each sample, best first.
+        references: `(samples,)`, int, the labels.
+        top_k: the values of k. With fewer than k columns all are used: K = 5, or the number of classes where there are
+            fewer, and then top-5 is 1 by definition.
+
+    Returns:
+        `{"top1": ..., "top5": ...}`, fractions in [0, 1].
+
+    Raises:
+        ValueError: if the shapes do not fit, or there are no samples.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Top-k accuracy from the k best classes.",
+            citation="",
+            inputs_description="predictions: (samples, K) class numbers, best first; references: (samples,) labels.",
+            features=Features({"predictions": ListOf(Value("int64")), "references": Value("int64")}),
+        )
+
+    def _compute(self, predictions, references, top_k: Sequence[int] = (1, 5)) -> dict[str, float]:
+        classes, labels = np.asarray(predictions), np.asarray(references)
+        if classes.ndim != 2 or labels.shape != classes.shape[:1] or not classes.size:
+            raise ValueError(
+                f"top-k accuracy got predictions {classes.shape} and references {labels.shape}; it needs "
+                "(samples, K) class numbers, best first, and (samples,) labels, with at least one of each"
+            )
+        hits = classes == labels[:, None]
+        return {f"top{k}": float(hits[:, :k].any(axis=1).mean()) for k in top_k}
+
+
+class Disagreement(_LocalMetric):
+    """Share of the samples on which two deciders differ: two heads, student and teacher, or a head and the truth.
+
+    `compute(predictions, references)`: both `(samples,)`, int, the class each one chose. The order does not matter.
+
+    Returns:
+        `{"disagreement": ...}`, a fraction in [0, 1].
+
+    Raises:
+        ValueError: if the shapes do not fit, or there are no samples.
+    Source: Table 4, "the rate of different decisions".
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Rate of different decisions.",
+            citation="",
+            inputs_description="predictions, references: (samples,) class numbers.",
+            features=Features({"predictions": Value("int64"), "references": Value("int64")}),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        one, other = np.asarray(predictions), np.asarray(references)
+        if one.ndim != 1 or one.shape != other.shape or not one.size:
+            raise ValueError(
+                f"disagreement got decisions of shapes {one.shape} and {other.shape}; "
+                "it needs (samples,) class numbers twice, with at least one sample"
+            )
+        return {"disagreement": float((one != other).mean())}
+
+
+def three_head_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The trainer's `compute_metrics`: accuracy of every head, and the loss.
+
+    Args:
+        prediction: `predictions` is the pair `(best_classes, losses)`: `(samples, H, K)`, int, the K best classes of
+            each head, best first, heads in the order of `HEADS` (H = 3, or 1 for a model with one head), and
+            `(samples,)`, float, each sample's cross-entropy in nats. `label_ids` is `(samples,)`, int.
+
+    Returns:
+        `loss` (mean), `top1` and `top5` (the fused prediction, or the only head), and with three heads `class_top1`,
+        `class_top5`, `distillation_top1`, `distillation_top5`. The Trainer puts `eval_` before each name.
+
+    Raises:
+        ValueError: if H is neither 1 nor 3, or the numbers of samples differ.
+    """
+    best_classes, losses = prediction.predictions
+    heads = best_classes.shape[1] if best_classes.ndim == 3 else 0
+    if heads not in (1, len(HEADS)) or losses.shape != best_classes.shape[:1]:
+        raise ValueError(
+            f"evaluation got best classes {best_classes.shape} and losses {losses.shape}; "
+            f"it needs (samples, heads, K) with 1 or {len(HEADS)} heads, and (samples,)"
+        )
+    metrics = {"loss": float(losses.mean(dtype=np.float64))}
+    for number, head in enumerate(HEADS[:heads]):
+        accuracy = TopKAccuracy().compute(predictions=best_classes[:, number], references=prediction.label_ids)
+        prefix = "" if head == "fused" else f"{head}_"
+        metrics |= {f"{prefix}{name}": value for name, value in accuracy.items()}
+    return metrics

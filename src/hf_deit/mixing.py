@@ -1,0 +1,147 @@
+"""What happens to a batch on the device, in this order: normalise, random erasing, Mixup or CutMix.
+
+Every random number comes from the views' own seeds (see data.py): erasing from the view's, mixing from those of the
+batch. So a batch looks the same after a resume and whatever else the process has drawn, and there is no state to save.
+Per-image augmentation is not here but in augmentation.py.
+
+Source: Table 9 of the paper (Mixup 0.8, CutMix 1.0, erasing 0.25) in "the timm customizations" (section 6):
+timm/data/mixup.py and timm/data/random_erasing.py for the conventions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+# Area and aspect ratio of an erased rectangle (timm/data/random_erasing.py, after Zhong et al. 2020).
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_ASPECT = (0.3, 1 / 0.3)
+ERASING_ATTEMPTS = 10
+
+
+def normalize(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """`(batch, 3, height, width)` uint8 in [0, 255] to float32 `(x / 255 - mean) / std`; float input passes through."""
+    if pixel_values.is_floating_point():
+        return pixel_values
+    mean, std = (torch.tensor(values, device=pixel_values.device).view(3, 1, 1) for values in (mean, std))
+    return torch.addcmul(-mean / std, pixel_values, 1 / (255 * std))
+
+
+class Mixing:
+    """Turns a batch of uint8 views and labels into what the student and the teacher see.
+
+    Args:
+        num_labels: number of classes.
+        mean, std: per channel, for pixels in [0, 1].
+        mixup_alpha: parameter of the Beta distribution of Mixup's weight; 0 turns Mixup off. Paper: 0.8.
+        cutmix_alpha: the same for CutMix. Paper: 1.0.
+        mix_prob: probability that a batch is mixed at all.
+        switch_prob: probability of CutMix when both are on.
+        random_erasing_prob: probability that a view loses a rectangle to noise (one normal number a pixel and channel).
+
+    Raises:
+        ValueError: for a probability outside [0, 1] or a negative alpha.
+    """
+
+    def __init__(
+        self,
+        num_labels: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        mixup_alpha: float = 0.8,
+        cutmix_alpha: float = 1.0,
+        mix_prob: float = 1.0,
+        switch_prob: float = 0.5,
+        random_erasing_prob: float = 0.25,
+    ):
+        for name, value in (
+            ("mix_prob", mix_prob),
+            ("switch_prob", switch_prob),
+            ("random_erasing_prob", random_erasing_prob),
+        ):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; a probability lies in [0, 1]")
+        for name, value in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; use a positive number, or 0 to turn it off")
+        self.num_labels = num_labels
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha
+        self.mix_prob = mix_prob if mixup_alpha or cutmix_alpha else 0.0
+        self.switch_prob = switch_prob
+        self.random_erasing_prob = random_erasing_prob
+
+    def __call__(self, pixel_values: Tensor, labels: Tensor, view_seeds: np.ndarray) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            pixel_values: `(batch, 3, height, width)` uint8, or float32 already normalised. Any batch size, odd ones too.
+            labels: `(batch,)` int64.
+            view_seeds: `(batch,)` non-negative int64, on the host.
+
+        Returns:
+            Normalised float32 pixels of the same shape, and the labels: `(batch, num_labels)` float32 if the batch
+            may be mixed (`mix_prob > 0`), else as they came. Label smoothing is the loss's business.
+        """
+        pixel_values = normalize(pixel_values, self.mean, self.std)
+        if self.random_erasing_prob:
+            pixel_values = self._erase(pixel_values, view_seeds)
+        if not self.mix_prob:
+            return pixel_values, labels
+        return self._mix(pixel_values, F.one_hot(labels, self.num_labels).float(), np.random.default_rng(view_seeds))
+
+    def _erase(self, pixel_values: Tensor, view_seeds: np.ndarray) -> Tensor:
+        noise = torch.Generator(pixel_values.device)
+        for view, seed in zip(pixel_values, view_seeds.tolist(), strict=True):
+            rng = np.random.default_rng(seed)
+            if rng.random() < self.random_erasing_prob:
+                top, left, height, width = _erased_box(rng, *view.shape[1:])
+                view[:, top : top + height, left : left + width].normal_(generator=noise.manual_seed(seed))
+        return pixel_values
+
+    def _mix(self, pixel_values: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Each view with its mirror image in the batch (the middle one of an odd batch with itself), one weight for all."""
+        if rng.random() >= self.mix_prob:
+            return pixel_values, targets
+        partners = pixel_values.flip(0)
+        cutmix_prob = self.switch_prob if self.mixup_alpha and self.cutmix_alpha else float(self.cutmix_alpha > 0)
+        if rng.random() < cutmix_prob:
+            height, width = pixel_values.shape[-2:]
+            weight = rng.beta(self.cutmix_alpha, self.cutmix_alpha)
+            top, bottom, left, right = _cutmix_box(rng, height, width, weight)
+            pixel_values[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
+            weight = 1 - (bottom - top) * (right - left) / (height * width)  # the box may stick out of the image
+        else:
+            weight = rng.beta(self.mixup_alpha, self.mixup_alpha)
+            pixel_values = torch.lerp(partners, pixel_values, weight)
+        return pixel_values, torch.lerp(targets.flip(0), targets, weight)
+
+
+def _erased_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a rectangle smaller than the image; empty if ten draws did not fit."""
+    for _ in range(ERASING_ATTEMPTS):
+        area = rng.uniform(*ERASED_AREA) * height * width
+        aspect = math.exp(rng.uniform(*np.log(ERASED_ASPECT)))
+        box_height, box_width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if box_height < height and box_width < width:
+            top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)
+            return int(top), int(left), box_height, box_width
+    return 0, 0, 0, 0
+
+
+def _cutmix_box(rng: np.random.Generator, height: int, width: int, weight: float) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a box of share `1 - weight` around a uniform centre, clipped to the image."""
+    share = math.sqrt(1 - weight)
+    bounds = []
+    for size in (height, width):
+        centre, half = int(rng.integers(size)), int(size * share) // 2
+        bounds += [max(centre - half, 0), min(centre + half, size)]
+    return tuple(bounds)

@@ -1,0 +1,606 @@
+"""The trainable DeiT: the network, its one-head and its two-head classifier.
+
+Tensor names are those of the Hub's `facebook/deit-*` repositories, in memory as on disk, so weights travel both ways
+between this file and stock Transformers without a conversion. What stock lacks is here: an init that trains,
+stochastic depth, `labels` and `teacher_logits`, head fusions, one QKV product, positions resized in the weights.
+Not here: the losses (losses.py), the teacher (teachers.py), foreign checkpoint formats (checkpoint_conversion.py).
+
+Source: the paper, sections 3 to 5; facebookresearch/deit models.py; transformers models/deit for the tensor names.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_deit import DeiTConfig, as_pair
+from .losses import distillation_loss
+
+
+LABEL_SMOOTHING = 0.1  # Table 9
+# Where a checkpoint lives on the Hub; what finds its weights finds its config.json.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def resample_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Position embeddings of another grid of patches; the very same tensor where the grids are equal.
+
+    Bicubic keeps the norm of the vectors, bilinear would shrink it (section 3 of the paper). Not antialiased and
+    `align_corners=False`, as in the authors' fine-tuning (timm antialiases, which differs when the grid shrinks).
+
+    Args:
+        positions: `(1, prefix tokens + rows * columns, width)`, any float dtype; the prefix is left untouched.
+        old_grid: (rows, columns) of `positions`.
+        new_grid: (rows, columns) wanted.
+
+    Returns:
+        `(1, prefix tokens + new rows * new columns, width)` of the same dtype.
+
+    Source: facebookresearch/deit main.py (`--finetune`).
+    """
+    if old_grid == new_grid:
+        return positions
+    num_prefix_tokens = positions.shape[1] - math.prod(old_grid)
+    prefix, patches = positions.split([num_prefix_tokens, math.prod(old_grid)], dim=1)
+    patches = patches.unflatten(1, old_grid).permute(0, 3, 1, 2).float()
+    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
+
+
+def add_branch(residual: Tensor, branch: Tensor, drop_path_rate: float, training: bool) -> Tensor:
+    """`residual + branch` with stochastic depth: a training sample loses its branch with probability `drop_path_rate`.
+
+    Kept branches are scaled by 1 / (1 - rate), so the expectation is that of evaluation.
+
+    Source: Huang et al. 2016; Table 9 of the paper; timm/layers/drop.py for the scaling.
+    """
+    if not training or drop_path_rate == 0.0:
+        return residual + branch
+    keep = 1.0 - drop_path_rate
+    mask = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+    return torch.addcmul(residual, branch, mask)
+
+
+def fuse_heads(cls_logits: Tensor, distillation_logits: Tensor, head_fusion: str) -> Tensor:
+    """One prediction from two heads, in the logits' dtype.
+
+    Args:
+        cls_logits, distillation_logits: `(batch, classes)`.
+        head_fusion: `"softmax"` returns the log of the mean of both heads' probabilities, `"logits"` the mean of the
+            logits, `"class"` and `"distillation"` that head's logits.
+
+    Source: "we add the softmax output by the two classifiers" (section 4); facebookresearch/deit models.py: the mean.
+    """
+    if head_fusion == "softmax":
+        log_probabilities = (F.log_softmax(logits.float(), dim=-1) for logits in (cls_logits, distillation_logits))
+        return (torch.logaddexp(*log_probabilities) - math.log(2)).to(cls_logits.dtype)
+    if head_fusion == "logits":
+        return (cls_logits + distillation_logits) / 2
+    return cls_logits if head_fusion == "class" else distillation_logits
+
+
+class DeiTPatchEmbeddings(nn.Module):
+    """`(batch, channels, height, width)` pixels to `(batch, patches, width)` tokens, row by row."""
+
+    def __init__(self, config: DeiTConfig):
+        super().__init__()
+        patch_size = as_pair(config.patch_size)
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class DeiTEmbeddings(nn.Module):
+    """Class token, distillation token and patches, with their positions."""
+
+    def __init__(self, config: DeiTConfig):
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        num_tokens = config.num_prefix_tokens + math.prod(config.grid_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.distillation_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_distillation_token else None
+        self.patch_embeddings = DeiTPatchEmbeddings(config)
+        self.position_embeddings = nn.Parameter(torch.empty(1, num_tokens, width))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        grid = self._grid_of(pixel_values, interpolate_pos_encoding)
+        patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.projection.weight.dtype))
+        prefix = [token.expand(len(patches), -1, -1) for token in self.prefix_tokens()]
+        positions = resample_positions(self.position_embeddings, self.config.grid_size, grid)
+        return self.dropout(torch.cat([*prefix, patches], dim=1) + positions)
+
+    def prefix_tokens(self) -> list[Tensor]:
+        return [self.cls_token] if self.distillation_token is None else [self.cls_token, self.distillation_token]
+
+    def _grid_of(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
+        channels, image_size = self.config.num_channels, as_pair(self.config.image_size)
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing: pass a (batch, channels, height, width) float tensor")
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype}: normalise them (ImageNet mean and std) to floats"
+            )
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}; expected (batch, {channels}, height, width)"
+            )
+        height, width = pixel_values.shape[-2:]
+        if not interpolate_pos_encoding and (height, width) != image_size:
+            raise ValueError(
+                f"images are {height}x{width} pixels and the model's are {image_size[0]}x{image_size[1]}: resize the "
+                f"images, call model.resize_position_embeddings(({height}, {width})), or pass "
+                "interpolate_pos_encoding=True"
+            )
+        patch_height, patch_width = as_pair(self.config.patch_size)
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"images are {height}x{width} pixels: not a multiple of the patch, {patch_height}x{patch_width}"
+            )
+        return height // patch_height, width // patch_width
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention that keeps its weights. `(batch, heads, tokens, head width)` each; softmax in float32."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether using the module's weights is the same as calling it.
+
+    Not so for adapters and quantised layers, nor where hooks gather, move or watch the weights (offloading, ZeRO-3).
+    """
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return type(module) is nn.Linear and not any(hooks) and "forward" not in module.__dict__
+
+
+class DeiTAttention(nn.Module):
+    """Multi-head self-attention through whichever backend `config._attn_implementation` names."""
+
+    is_causal = False  # read by the backends
+
+    def __init__(self, config: DeiTConfig):
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.head_width = width // config.num_attention_heads
+        self.scaling = self.head_width**-0.5
+        # ModuleDict only spells the Hub's names: attention.attention.query, attention.output.dense.
+        self.attention = nn.ModuleDict(
+            {name: nn.Linear(width, width, bias=config.qkv_bias) for name in ("query", "key", "value")}
+        )
+        self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
+
+    def query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """`(batch, tokens, width)` to three `(batch, tokens, width)`, by one matrix product.
+
+        The three parameters stay apart, as every loader, optimizer, sharder and adapter knows them. Joining them copies
+        0.4 (Ti) to 7 MB (B) a layer; on the CPU a training step takes as long as with three products (measured), and
+        GPUs prefer one large product to three small ones (not measured here).
+        """
+        linears = list(self.attention.values())
+        if not all(map(is_plain_linear, linears)):
+            return tuple(linear(hidden_states) for linear in linears)
+        weight = torch.cat([linear.weight for linear in linears])
+        bias = torch.cat([linear.bias for linear in linears]) if self.config.qkv_bias else None
+        return F.linear(hidden_states, weight, bias).chunk(3, dim=-1)
+
+    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+        query, key, value = (
+            states.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for states in self.query_key_value(hidden_states)
+        )
+        # Only eager attention has weights to show.
+        backend: Callable = eager_attention_forward
+        if not output_attentions:
+            backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        context, weights = backend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
+        return self.output.dense(context.reshape(hidden_states.shape)), weights
+
+
+class DeiTLayer(GradientCheckpointingLayer):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: DeiTConfig, drop_path_rate: float):
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = DeiTAttention(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.activation = ACT2FN[config.hidden_act]
+        self.output = nn.ModuleDict({"dense": nn.Linear(config.intermediate_size, config.hidden_size)})
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), output_attentions)
+        hidden_states = add_branch(hidden_states, self.dropout(attended), self.drop_path_rate, self.training)
+        expanded = self.activation(self.intermediate.dense(self.layernorm_after(hidden_states)))
+        branch = self.dropout(self.output.dense(expanded))
+        return add_branch(hidden_states, branch, self.drop_path_rate, self.training)
+
+
+class DeiTPooler(nn.Module):
+    """Activated linear map of the class token, as in stock's headless model."""
+
+    def __init__(self, config: DeiTConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.pooler_output_size)
+        self.activation = ACT2FN[config.pooler_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.activation(self.dense(hidden_states[:, 0]))
+
+
+class DeiTPreTrainedModel(PreTrainedModel):
+    """What the three DeiT classes share: init, loading, resizing."""
+
+    config_class = DeiTConfig
+    base_model_prefix = "deit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must do the scaling when it accumulates gradients
+    _no_split_modules = ["DeiTEmbeddings", "DeiTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": DeiTLayer, "attentions": DeiTAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Truncated normal for linear weights, tokens and positions; PyTorch's own default for the patch projection.
+
+        Source: facebookresearch/deit models.py with timm 0.3.2 `_init_weights`, which leaves the convolution alone.
+        """
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            bound = module.weight[0].numel() ** -0.5
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, DeiTEmbeddings):
+            for parameter in (*module.prefix_tokens(), module.position_embeddings):
+                init.trunc_normal_(parameter, std=std)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As in Transformers. An `image_size` that is not the checkpoint's resizes the positions in the weights.
+
+        Load a plain DeiT of the Hub (model type `vit`, no distillation token) into [`DeiTForImageClassification`] with
+        `use_distillation_token=False, key_mapping={"^vit\\\\.": "deit."}`.
+        """
+        given = isinstance(config, PreTrainedConfig)
+        image_size = config.image_size if given else kwargs.pop("image_size", None)
+        if image_size is None or pretrained_model_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        # Only the checkpoint's own config.json knows its grid: a number of positions does not tell rows from columns.
+        source = pretrained_model_name_or_path if given or config is None else config
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        stored, _ = DeiTConfig.get_config_dict(source, **where)
+        if given:
+            config = copy.deepcopy(config)
+            config.image_size = stored.get("image_size", image_size)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).resize_position_embeddings(image_size)
+        return loaded
+
+    def resize_position_embeddings(self, image_size: int | tuple[int, int]) -> None:
+        """Make the model one for images of `image_size` pixels: side or `(height, width)`.
+
+        The positions of the patches are resampled bicubically, those of the tokens stay, and `config.image_size`
+        follows. Nothing changes where the grid of patches is the same. Build the optimizer afterwards.
+
+        Raises:
+            ValueError: if `image_size` is not a multiple of the patch.
+
+        Source: section 3 of the paper, "fine-tuning at different resolution".
+        """
+        old_size, old_grid = self.config.image_size, self.config.grid_size
+        self.config.image_size = image_size
+        try:
+            self.config.check()
+        except ValueError:
+            self.config.image_size = old_size
+            raise
+        embeddings = self.base_model.embeddings
+        old = embeddings.position_embeddings
+        new = resample_positions(old, old_grid, self.config.grid_size)
+        if new is not old:
+            embeddings.position_embeddings = nn.Parameter(new.detach(), requires_grad=old.requires_grad)
+
+    def _recorded(self, **wishes: bool | None) -> dict[str, bool]:
+        """What to record of `output_attentions` and the like: the caller's wish, else the config's."""
+        return {name: getattr(self.config, name) if wish is None else wish for name, wish in wishes.items()}
+
+    def _loss(
+        self,
+        cls_logits: Tensor,
+        distillation_logits: Tensor | None,
+        labels: Tensor | None,
+        teacher_logits: Tensor | None,
+    ) -> Tensor | None:
+        """The paper's loss for what is at hand: eq. 3 with a teacher; without one, every head learns the true label.
+
+        Labels are smoothed in training only, and only where they are classes: a distribution is used as it is.
+        """
+        if labels is None:
+            if teacher_logits is not None:
+                raise ValueError("teacher_logits came without labels: the loss needs both")
+            return None
+        problem_type = self.config.problem_type
+        if problem_type in ("regression", "multi_label_classification"):
+            if distillation_logits is not None or teacher_logits is not None:
+                raise ValueError(
+                    f"config.problem_type is {problem_type!r}, but distillation is for images with one label each: "
+                    "use DeiTForImageClassification, without a teacher"
+                )
+            return self.loss_function(labels, cls_logits, self.config)
+        soft = labels.is_floating_point()
+        if labels.shape != (cls_logits.shape if soft else cls_logits.shape[:1]):
+            raise ValueError(
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)} for logits {tuple(cls_logits.shape)}; "
+                "expected (batch,) integers or (batch, classes) probabilities"
+            )
+        # Reading the labels would make the host wait for a GPU; there the loss itself asserts the range.
+        if not soft and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in labels.aminmax())
+            if low < 0 or high >= cls_logits.shape[1]:
+                raise ValueError(
+                    f"labels run from {low} to {high}, but the model's {cls_logits.shape[1]} classes are numbered "
+                    "from 0: set num_labels"
+                )
+        without_teacher = "none" if distillation_logits is None else "label"
+        return distillation_loss(
+            cls_logits,
+            distillation_logits,
+            labels if soft else labels.long(),
+            teacher_logits,
+            distillation_type=without_teacher if teacher_logits is None else "hard",
+            label_smoothing=LABEL_SMOOTHING if self.training and not soft else 0.0,
+        )["loss"]
+
+
+class DeiTModel(DeiTPreTrainedModel):
+    """The network without a classifier.
+
+    Args:
+        config: what to build.
+        add_pooling_layer: whether to add stock's pooler, which the paper does not have.
+    """
+
+    def __init__(self, config: DeiTConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        config.check()
+        # Linear stochastic depth decay rule of Huang et al. 2016, from 0 as in timm/models/vision_transformer.py.
+        last = max(config.num_hidden_layers - 1, 1)
+        rates = [config.drop_path_rate * depth / last for depth in range(config.num_hidden_layers)]
+        self.embeddings = DeiTEmbeddings(config)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(DeiTLayer(config, rate) for rate in rates)})
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = DeiTPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`, float, normalised.
+            interpolate_pos_encoding: accept images of another size than the config's, for this call only.
+            output_attentions: also return `(batch, heads, tokens, tokens)` weights a layer, computed eagerly.
+            output_hidden_states: also return `(batch, tokens, width)` before the first and after each layer, unnormed.
+
+        Returns:
+            `last_hidden_state` `(batch, tokens, width)`: class token, distillation token (if any), patches row by row,
+            normed; `pooler_output` `(batch, pooler width)` or None.
+
+        Raises:
+            ValueError: for images of the wrong shape, size or type.
+        """
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        recorded = self._recorded(output_attentions=output_attentions)  # hidden states are recorded by hooks
+        for layer in self.encoder.layer:
+            hidden_states = layer(hidden_states, **recorded)
+        hidden_states = self.layernorm(hidden_states)
+        pooled = None if self.pooler is None else self.pooler(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+class DeiTForImageClassification(DeiTPreTrainedModel):
+    """One linear head on the class token.
+
+    With `use_distillation_token=True` (the default) it is stock's class of this name and loads there. Without, it is
+    the plain DeiT of Table 1, a ViT: stock's `ViTForImageClassification.from_pretrained` loads it with
+    `key_mapping={"^deit\\.": "vit."}`.
+    """
+
+    def __init__(self, config: DeiTConfig):
+        super().__init__(config)
+        self.deit = DeiTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> ImageClassifierOutput:
+        """Classify images; with `labels`, also return the loss.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`, float, normalised.
+            labels: `(batch,)` integers in [0, classes), or `(batch, classes)` probabilities. A `config.problem_type`
+                of `"regression"` or `"multi_label_classification"` is honoured with stock's loss and labels.
+            teacher_logits: `(batch, classes)`; the class head then also learns the teacher's decisions (Table 3,
+                "hard").
+            interpolate_pos_encoding, output_attentions, output_hidden_states: see [`DeiTModel`].
+
+        Returns:
+            `loss` (float32 scalar or None), `logits` `(batch, classes)`.
+
+        Raises:
+            ValueError: for images or labels of the wrong shape or range.
+        """
+        recorded = self._recorded(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        outputs = self.deit(pixel_values, interpolate_pos_encoding, **recorded)
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        return ImageClassifierOutput(
+            loss=self._loss(logits, None, labels, teacher_logits),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+@dataclass
+class DeiTForImageClassificationWithTeacherOutput(ModelOutput):
+    """What the two-head classifier returns.
+
+    Args:
+        loss: float32 scalar, where labels were given.
+        logits: `(batch, classes)`, both heads fused as `config.head_fusion` says.
+        cls_logits: `(batch, classes)` of the head on the class token.
+        distillation_logits: `(batch, classes)` of the head on the distillation token.
+        hidden_states, attentions: see [`DeiTModel`].
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cls_logits: Tensor | None = None
+    distillation_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class DeiTForImageClassificationWithTeacher(DeiTPreTrainedModel):
+    """Two linear heads: one on the class token, one on the distillation token, which learns from the teacher.
+
+    The teacher itself is not in here, only the head that it taught. Stock's class of this name loads what this one
+    saves, with equal `cls_logits` and `distillation_logits`; its `logits` are their mean, whatever `head_fusion` is.
+    """
+
+    def __init__(self, config: DeiTConfig):
+        super().__init__(config)
+        if not config.use_distillation_token:
+            raise ValueError(
+                "the two-head classifier needs the distillation token: set use_distillation_token=True, "
+                "or use DeiTForImageClassification"
+            )
+        self.deit = DeiTModel(config, add_pooling_layer=False)
+        self.cls_classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.distillation_classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> DeiTForImageClassificationWithTeacherOutput:
+        """Classify images; with `labels`, also return the loss.
+
+        Args:
+            pixel_values: `(batch, channels, height, width)`, float, normalised.
+            labels: `(batch,)` integers in [0, classes), or `(batch, classes)` probabilities.
+            teacher_logits: `(batch, classes)`; the distillation head then learns the teacher's decisions (eq. 3).
+                Without them it learns the labels, so that a plain fine-tuning trains both heads.
+            interpolate_pos_encoding, output_attentions, output_hidden_states: see [`DeiTModel`].
+
+        Returns:
+            `loss` (float32 scalar or None), fused `logits`, `cls_logits` and `distillation_logits` `(batch, classes)`.
+
+        Raises:
+            ValueError: for images, labels or teacher logits of the wrong shape or range.
+        """
+        recorded = self._recorded(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        outputs = self.deit(pixel_values, interpolate_pos_encoding, **recorded)
+        cls_logits = self.cls_classifier(outputs.last_hidden_state[:, 0])
+        distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
+        return DeiTForImageClassificationWithTeacherOutput(
+            loss=self._loss(cls_logits, distillation_logits, labels, teacher_logits),
+            logits=fuse_heads(cls_logits, distillation_logits, self.config.head_fusion),
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def register_auto_classes() -> None:
+    """Make the Auto classes return ours for model type `deit`; importing hf_deit calls this.
+
+    Raises:
+        RuntimeError: if the registration did not take (some 5.x releases of Transformers ignore it silently).
+    """
+    classifiers = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
+    # exist_ok, because the type is stock's as well.
+    AutoConfig.register("deit", DeiTConfig, exist_ok=True)
+    AutoModel.register(DeiTConfig, DeiTModel, exist_ok=True)
+    AutoModelForImageClassification.register(DeiTConfig, classifiers, exist_ok=True)
+    registered = (
+        type(AutoConfig.for_model("deit")),
+        AutoModel._model_mapping.get(DeiTConfig, None),
+        AutoModelForImageClassification._model_mapping.get(DeiTConfig, None),
+    )
+    if registered != (DeiTConfig, DeiTModel, classifiers):
+        raise RuntimeError(
+            "this release of transformers did not register hf_deit's classes for model type 'deit': AutoModel would "
+            "return stock's. Install transformers>=5.23,<6, or load with hf_deit's classes directly"
+        )

@@ -1,0 +1,157 @@
+"""A recipe: flat YAML and the command line, together the dataclasses of a run.
+
+Every key is a field of one of the dataclasses, on both sides; the command line wins. A recipe is data: nothing in it is
+executed, and a key nobody knows is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class DataArguments:
+    """Which images. Nothing here changes how a model is trained on them."""
+
+    dataset_name: str = _option("imagenet-1k", "Registry name, Hub id, or directory of images or parquet files.")
+    image_column: str | None = _option(None, "Column of the images, where it cannot be told from the types.")
+    label_column: str | None = _option(None, "Column of the labels, where it cannot be told from the types.")
+    train_split: str | None = _option(None, "Split to train on.")
+    eval_split: str | None = _option(None, "Split to evaluate on.")
+    max_train_samples: int | None = _option(None, "Train on a random subset of this many images.")
+    max_eval_samples: int | None = _option(None, "Evaluate on a random subset of this many images.")
+    image_size: int = _option(224, "Side of the square views, pixels.")
+    crop_ratio: float | None = _option(
+        None, "Evaluation: share of the shorter side that the centre crop keeps. Unset: 0.875, and 1 up to 32 pixels."
+    )
+
+    def loading(self) -> dict:
+        """The arguments of [`load_image_dataset`]."""
+        names = ("image_column", "label_column", "train_split", "eval_split", "max_train_samples", "max_eval_samples")
+        return {"name": self.dataset_name} | {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class ModelArguments:
+    """Which student and which teacher: a checkpoint, or a named size, or the fields of DeiTConfig (they override)."""
+
+    model_name_or_path: str | None = _option(None, "DeiT checkpoint to start from: directory or Hub id.")
+    model_size: str | None = _option(None, "'tiny', 'small' or 'base' (Table 1), with fresh weights.")
+    use_distillation_token: bool = _option(True, "Two tokens and two heads; false is the plain DeiT.")
+    hidden_size: int | None = _option(None, "Embedding dimension.")
+    num_hidden_layers: int | None = _option(None, "Number of blocks.")
+    num_attention_heads: int | None = _option(None, "Number of attention heads.")
+    patch_size: int | None = _option(None, "Side of a patch, pixels.")
+    drop_path_rate: float | None = _option(None, "Stochastic depth of the last block, in [0, 1). Paper: 0.1.")
+    head_fusion: str | None = _option(None, "'softmax' (paper), 'logits', 'class' or 'distillation'.")
+    attn_implementation: str | None = _option(None, "'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'.")
+    teacher: str | None = _option(
+        None, "Directory, Hub id, timm:<name>[?checkpoint=path] or python:<module>:<factory>; several with commas."
+    )
+    teacher_recipe: str | None = _option(
+        None, "Recipe, beside run_teacher.py, that trains the teacher first if its directory does not exist."
+    )
+
+    def config_overrides(self) -> dict:
+        """The fields of DeiTConfig that were given."""
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "drop_path_rate", "head_fusion")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass
+class ClassifierArguments:
+    """Which teacher run_teacher.py trains."""
+
+    model_name_or_path: str = _option(
+        "timm:regnety_160", "timm:<architecture> for fresh weights, or a directory or Hub id to fine-tune."
+    )
+    model_args: dict | str | None = _option(None, "Arguments of timm's create_model, as a mapping (JSON).")
+
+    def __post_init__(self):
+        if isinstance(self.model_args, str):
+            self.model_args = json.loads(self.model_args)
+
+
+def parse_recipe(
+    dataclass_types: Sequence[type], argv: Sequence[str] | None = None, default_recipe: str | Path | None = None
+) -> tuple:
+    """`[recipe.yaml] [--key value ...]` to one instance of each dataclass.
+
+    Args:
+        dataclass_types: the run's dataclasses; no field name may stand in two of them.
+        argv: the words after the script's name; `sys.argv[1:]` if None.
+        default_recipe: used where the first word is no recipe.
+
+    Raises:
+        ValueError: a recipe that cannot be read, an unknown key (the nearest known one is named), a value that a
+            dataclass refuses. A value of the wrong type ends the program with argparse's message and status 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    recipe = argv.pop(0) if argv and not argv[0].startswith("-") else default_recipe
+    known = {item.name for kind in dataclass_types for item in fields(kind) if item.init}
+    parser = HfArgumentParser(
+        dataclass_types, usage="%(prog)s [recipe.yaml] [--key value ...]", allow_abbrev=False
+    )
+    if recipe is not None:
+        parser.set_defaults(**_read_recipe(Path(recipe), known))
+    *instances, unknown = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise ValueError(f"the command line has {unknown[0]!r}{_did_you_mean(unknown[0].lstrip('-'), known)}")
+    return tuple(instances)
+
+
+def _read_recipe(path: Path, known: set[str]) -> dict:
+    try:
+        keys = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"recipe {str(path)!r} holds a {type(keys).__name__}; it must be lines of 'key: value'")
+    for key in keys:
+        if key not in known:
+            raise ValueError(f"recipe {str(path)!r} has the key {key!r}{_did_you_mean(str(key), known)}")
+    return {key: _as_typed(value) for key, value in keys.items()}
+
+
+def _as_typed(value):
+    """What argparse would have read on the command line, so that both go through the same conversion.
+
+    YAML has opinions of its own: PyYAML reads 5e-4 as a string, and a whole number as an int where a float is meant.
+    """
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return value if value is None or isinstance(value, list) else str(value)
+
+
+def _did_you_mean(word: str, known: set[str]) -> str:
+    nearest = difflib.get_close_matches(word.split("=")[0], known, n=1)
+    return f", which is no key; did you mean {nearest[0]!r}?" if nearest else ", which is no key; --help lists them"
+
+
+def exit_clearly(main: Callable[[], object]) -> None:
+    """Runs a script's `main`. An error that hf_deit itself raises was written for the user: one line and exit status 1.
+
+    Any other error is a bug, here or below, and keeps its traceback.
+    """
+    try:
+        main()
+    except (ValueError, FloatingPointError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if Path(frames[-1].filename).parent != Path(__file__).parent:
+            raise
+        sys.exit(f"error: {error}")

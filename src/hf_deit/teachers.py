@@ -1,0 +1,620 @@
+"""Teachers: frozen image classifiers whose logits a DeiT learns from.
+
+`load_teacher` turns a spec (a directory, a Hub id, a timm name, a Python factory, a module, or several of them) into
+a `Teacher`, which takes the student's pixels and answers in the student's class order. `new_classifier` makes a
+classifier to train as a teacher, of a kind that `load_teacher` reads back.
+
+Not here: the distillation losses (`losses.py`) and the training of a teacher (`recipes/run_teacher.py`).
+
+Source: paper, section 4 (a teacher is "a convnet, or a mixture of classifiers"; in fine-tuning it works at the
+student's resolution) and section 5.2, Table 2 (a convnet teaches better than a transformer).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import importlib
+import logging
+import math
+import os
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+logger = logging.getLogger(__name__)
+
+Spec = str | os.PathLike | nn.Module
+
+ACCEPTED_FORMS = (
+    "Accepted: a directory written by save_pretrained (config.json and model.safetensors), a Hub id such as "
+    "timm/regnety_160.deit_in1k, timm:<name>, timm:<name>?checkpoint=<file.safetensors or .pth>, "
+    "python:<module>:<factory>, or an nn.Module"
+)
+
+
+def load_teacher(
+    spec: Spec | Sequence[Spec],
+    *,
+    id2label: Mapping[int, str] | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int | tuple[int, int] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    compile: bool = False,
+    trust_class_order: bool = False,
+) -> Teacher:
+    """Load one or several classifiers as one frozen teacher for a given student.
+
+    Weights are read from safetensors, or from `.pth` files without unpickling code; code that comes with a checkpoint
+    is never run. `python:<module>:<factory>` is the user's own code by nature: a function without arguments, in a
+    module on the PYTHONPATH, is called. A module given as such is not copied: it is frozen in place.
+
+    Args:
+        spec: one of the accepted forms above, a list of them, or a comma-separated string: several teachers average
+            their probabilities.
+        id2label: the student's class names; None when unknown, then classes are taken in the teacher's order.
+        mean: per channel, of pixels in [0, 1]: what the student's pixels are normalised with.
+        std: likewise.
+        image_size: feed the teacher at this size, `side` or `(height, width)`. By default it sees the student's
+            resolution, or its own when it accepts no other.
+        device: where it runs; by default where its weights are.
+        dtype: autocast to this type; by default bfloat16 on a GPU that has it, float32 elsewhere.
+        compile: `torch.compile` each model.
+        trust_class_order: do not compare class names: the teacher's class i is the student's class i.
+
+    Raises:
+        ValueError: the spec cannot be read, weights are missing, the model returns no class logits, or its classes are
+            not the student's.
+    """
+    if isinstance(spec, Teacher):
+        return spec
+    names = _class_names(id2label)
+    num_labels = len(id2label) if id2label else None
+    members = []
+    for one in _split(spec):
+        found = _resolve(one)
+        member = _Member(found, mean, std, image_size, device, dtype)
+        names = names or found.names  # several teachers of a nameless student follow the first
+        member.match_classes(names, num_labels, trust_class_order)
+        if members and member.num_labels != members[0].num_labels:
+            raise ValueError(
+                f"teachers {members[0].name!r} and {member.name!r} know {members[0].num_labels} and "
+                f"{member.num_labels} classes: a mixture needs the same classes"
+            )
+        if compile:
+            member.model.compile()
+        members.append(member)
+    return Teacher(members, dict(enumerate(names)) if names else None)
+
+
+class Teacher(nn.Module):
+    """One frozen classifier, or the average of several, seen from a student. Made by `load_teacher`.
+
+    It is always in `eval()`, whatever the trainer around it says. Its weights are invisible to PyTorch's module tree
+    (`parameters()` and `state_dict()` are empty), so no optimizer, DDP wrapper or checkpoint can pick them up, even
+    when the teacher is stored as an attribute of the student; `to()` moves them nevertheless.
+
+    Attributes:
+        models: the classifiers themselves.
+        name: the spec, or the class name of a module; joined by " + " in a mixture.
+        num_labels: number of classes.
+        num_parameters: of all classifiers together.
+        sha256: fingerprint of the weights, 16 hexadecimal digits.
+        id2label: class names of the logits, None when neither side has any.
+    """
+
+    def __init__(self, members: Sequence[_Member], id2label: dict[int, str] | None):
+        super().__init__()
+        self._members = tuple(members)  # a tuple: not registered as submodules
+        self.models = tuple(member.model for member in members)
+        self.name = " + ".join(member.name for member in members)
+        self.num_labels = members[0].num_labels
+        self.num_parameters = sum(p.numel() for model in self.models for p in model.parameters())
+        digests = [_fingerprint(model) for model in self.models]
+        self.sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        self.id2label = id2label
+        super().train(False)
+
+    @torch.no_grad()  # not inference_mode: its tensors may not be saved for the student's backward
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Class logits in the student's order.
+
+        Args:
+            pixel_values: float `(batch, 3, height, width)`, normalised with the student's mean and std.
+
+        Returns:
+            float32 `(batch, num_labels)` without gradient. A mixture answers with the log of the mean probability.
+        """
+        if len(self._members) == 1:
+            return self._members[0](pixel_values)
+        log_probabilities = torch.stack([F.log_softmax(member(pixel_values), dim=-1) for member in self._members])
+        return torch.logsumexp(log_probabilities, dim=0) - math.log(len(self._members))
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode: a trainer's `model.train()` must not move batch-norm statistics."""
+        return super().train(False)
+
+    def _apply(self, fn, recurse: bool = True) -> Teacher:
+        for member in self._members:
+            member._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}, num_labels={self.num_labels}, num_parameters={self.num_parameters:,}"
+
+
+def new_classifier(
+    spec: str | os.PathLike,
+    *,
+    id2label: Mapping[int, str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int | tuple[int, int],
+    model_args: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A trainable Transformers classifier for new classes; `load_teacher` reads what its `save_pretrained` writes.
+
+    Args:
+        spec: `timm:<name>` starts from random weights; a directory or a Hub id (`timm/<name>` for timm's) from trained
+            ones, with a new head where the number of classes differs.
+        id2label: names of the classes it is to learn.
+        mean: what its training pixels are normalised with; kept in the config of a timm model. A model of another kind
+            needs an image processor saved beside it.
+        std: likewise.
+        image_size: of the training pixels; likewise.
+        model_args: arguments of `timm.create_model`, for `timm:` only.
+
+    Raises:
+        ValueError: the spec cannot be read.
+    """
+    from transformers import AutoModelForImageClassification, TimmWrapperConfig
+
+    names = _class_names(id2label, keep_generic=True)
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    pixels = {"mean": list(mean), "std": list(std), "input_size": [3, *_pair(image_size)]}
+    if (name := os.fspath(spec)).startswith("timm:"):
+        name = name.removeprefix("timm:")
+        # The wrapper draws every layer anew from normal(0, 0.02); a convnet learns faster from timm's own draw.
+        initial = _create_timm_model(name, num_classes=len(names), **(model_args or {})).state_dict()
+        config = TimmWrapperConfig(
+            architecture=name, num_labels=len(names), model_args=model_args, pretrained_cfg=pixels, **labels
+        )
+        model = AutoModelForImageClassification.from_config(config)
+        model.timm_model.load_state_dict(initial)
+        return model
+    if model_args:
+        raise ValueError(f"model_args {model_args} apply to timm:<name> only, got {name!r}")
+    model, _ = _from_pretrained(name, num_labels=len(names), **labels)
+    if model.config.model_type == "timm_wrapper":
+        model.config.label_names = names  # else the old names are saved, and lost on the next load
+        model.config.pretrained_cfg = {**(getattr(model.config, "pretrained_cfg", None) or {}), **pixels}
+    return model
+
+
+# --- one classifier inside a teacher -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Classifier:
+    """What a spec resolves to: the model and what is known of its classes and pixels (None: not known)."""
+
+    model: nn.Module
+    name: str
+    names: list[str] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    image_size: tuple[int, int] | None = None
+    fixed_size: bool | None = None
+
+
+class _Member(nn.Module):
+    """A frozen classifier that reads the student's pixels and answers in the student's class order."""
+
+    def __init__(self, found: _Classifier, mean, std, image_size, device, dtype):
+        super().__init__()
+        self.name, self.names, self.dtype = found.name, found.names, dtype
+        self.model = found.model.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
+        device = next((p.device for p in self.model.parameters()), device)
+
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+        own_mean, own_std = found.mean or mean, found.std or std
+        scale = shift = None
+        if (own_mean, own_std) != (mean, std):  # (x * std + mean - own_mean) / own_std
+            channels = list(zip(mean, std, own_mean, own_std, strict=True))
+            scale = torch.tensor([[[s / own_s]] for _, s, _, own_s in channels], device=device)
+            shift = torch.tensor([[[(m - own_m) / own_s]] for m, _, own_m, own_s in channels], device=device)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+        self.register_buffer("class_order", None)
+
+        self.image_size = _pair(image_size) if image_size else None  # None: as it comes
+        size = self.image_size or found.image_size or (224, 224)
+        self.num_labels = self._probe(size, device).shape[1]
+        if self.image_size is None and self._is_fixed(found, size, device):
+            self.image_size = size
+        logger.info(
+            "teacher %s: pixels of mean %s, std %s, at %s", self.name, own_mean, own_std, self.image_size or "any size"
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if self.model.training:  # someone held on to the bare model
+            self.model.eval()
+        pixels = pixel_values.float()
+        if self.scale is not None:
+            pixels = pixels * self.scale + self.shift
+        if self.image_size is not None and pixels.shape[-2:] != self.image_size:
+            pixels = F.interpolate(pixels, size=self.image_size, mode="bicubic", antialias=True)
+        logits = _logits(self._run(pixels)).float()
+        return logits if self.class_order is None else logits.index_select(1, self.class_order)
+
+    def _run(self, pixels: Tensor) -> Any:
+        kind = pixels.device.type
+        dtype = self.dtype
+        if dtype is None:
+            has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = torch.bfloat16 if has_bfloat16 else torch.float32
+        with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
+            return self.model(pixels.contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def _probe(self, size: tuple[int, int], device) -> Tensor:
+        """Logits of a blank image: refuses at load time what would fail in the first training step."""
+        try:
+            output = self._run(torch.zeros(1, 3, *size, device=device))
+        except Exception as error:  # whatever the foreign forward raises
+            raise ValueError(
+                f"teacher {self.name!r} could not read a blank 3x{size[0]}x{size[1]} image ({_line(error)}); if it "
+                "takes another size, pass image_size"
+            ) from error
+        logits = _logits(output)
+        if logits is None or logits.ndim != 2:
+            got = f"a tensor of shape {tuple(logits.shape)}" if logits is not None else f"a {type(output).__name__}"
+            raise ValueError(
+                f"teacher {self.name!r} returns no class logits: got {got} for one image, expected (1, classes). "
+                "Give a classifier, not a feature extractor"
+            )
+        return logits
+
+    def _is_fixed(self, found: _Classifier, size: tuple[int, int], device) -> bool:
+        if found.fixed_size is not None or found.image_size is None:
+            return bool(found.fixed_size)
+        try:
+            self._probe((size[0] + 32, size[1] + 32), device)
+        except ValueError:
+            return True
+        return False
+
+    def match_classes(self, names: list[str] | None, num_labels: int | None, trust_class_order: bool) -> None:
+        """Re-order the teacher's classes to the student's, or refuse."""
+        fix = "Fine-tune the teacher on the student's dataset first: recipes/run_teacher.py"
+        if num_labels is not None and self.num_labels != num_labels:
+            shown = [(self.names, self.num_labels), (names, num_labels)]
+            teacher, student = (f" ({_some(side)})" if side and len(side) == n else "" for side, n in shown)
+            raise ValueError(
+                f"teacher {self.name!r} answers with {self.num_labels} classes{teacher}, the student has {num_labels}"
+                f"{student}. {fix}"
+            )
+        if self.names and len(self.names) != self.num_labels:
+            count = len(self.names)
+            raise ValueError(f"teacher {self.name!r} names {count} classes but answers with {self.num_labels}")
+        if trust_class_order or not (self.names and names):
+            logger.info("teacher %s: class names not compared, taken in the student's order", self.name)
+            return
+        order = _class_order(self.names, names)
+        if order is None:
+            known, wanted = set(map(_class_key, self.names)), set(map(_class_key, names))
+            extra = [name for name in self.names if _class_key(name) not in wanted] or self.names
+            missing = [name for name in names if _class_key(name) not in known] or names
+            raise ValueError(
+                f"teacher {self.name!r} has other classes than the student: {len(self.names)}, such as "
+                f"{_some(extra)}, against {len(names)}, such as {_some(missing)}. {fix}; or pass "
+                "trust_class_order=True if only the spelling differs"
+            )
+        if order != list(range(len(names))):
+            device = next((p.device for p in self.model.parameters()), None)
+            self.class_order = torch.tensor(order, device=device)
+            logger.info("teacher %s: its %d classes are re-ordered to the student's", self.name, len(names))
+
+
+def _logits(output: Any) -> Tensor | None:
+    """Logits from what a classifier may return: a tensor, an output with `logits`, a tuple that starts with them."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    elif hasattr(output, "logits"):
+        output = output.logits
+    return output if isinstance(output, Tensor) else None
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# --- class names ---------------------------------------------------------------------------------------------------
+
+
+def _class_names(id2label: Mapping[int, str] | None, keep_generic: bool = False) -> list[str] | None:
+    """Names in class order; None when there are none, or only the LABEL_0, LABEL_1, ... that Transformers makes up."""
+    if not id2label:
+        return None
+    by_class = {int(i): str(name) for i, name in id2label.items()}
+    if sorted(by_class) != list(range(len(by_class))):
+        keys = _some([str(i) for i in sorted(by_class)], 5)
+        raise ValueError(f"id2label must number the classes 0 to {len(by_class) - 1}, got the keys {keys}")
+    names = [by_class[i] for i in range(len(by_class))]
+    generic = all(name == f"LABEL_{i}" for i, name in enumerate(names))
+    return names if keep_generic or not generic else None
+
+
+def _class_key(name: str) -> str:
+    """What is left of a name when spellings differ: "sea_snake", "Sea snake, water snake" -> "sea snake"."""
+    return name.replace("_", " ").split(",")[0].strip().casefold()
+
+
+def _class_order(teacher: list[str], student: list[str]) -> list[int] | None:
+    """For each class of the student its index in the teacher; None when they are not the same classes.
+
+    ImageNet's classes go by WordNet ids, by all their synonyms or by the first of them, and a few share a name, so
+    names that are equal in place are accepted before any permutation is looked for.
+    """
+    for key in (str, _class_key):
+        ours, theirs = ([key(name) for name in _described(names)] for names in (student, teacher))
+        if ours == theirs:
+            return list(range(len(ours)))
+        if len(set(theirs)) == len(theirs) and set(ours) == set(theirs) and len(ours) == len(theirs):
+            index = {name: i for i, name in enumerate(theirs)}
+            return [index[name] for name in ours]
+    return None
+
+
+def _described(names: list[str]) -> list[str]:
+    """WordNet ids (n01440764) as their names, which timm knows; other names as they are."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    from timm.data import ImageNetInfo
+
+    words = {}
+    for subset in ("imagenet-21k-goog", "imagenet-1k"):  # the second has one class that the first lacks
+        words |= ImageNetInfo(subset).label_descriptions(as_dict=True)
+    return [words.get(name, name) for name in names]
+
+
+def _some(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+# --- from a spec to a classifier -----------------------------------------------------------------------------------
+
+
+def _split(spec: Spec | Sequence[Spec]) -> list[Spec]:
+    if isinstance(spec, str) and not os.path.exists(spec):
+        specs = [part.strip() for part in spec.split(",") if part.strip()]
+    else:
+        specs = list(spec) if isinstance(spec, (list, tuple)) else [spec]
+    if not specs:
+        raise ValueError(f"no teacher in {spec!r}. {ACCEPTED_FORMS}")
+    return specs
+
+
+def _resolve(spec: Spec) -> _Classifier:
+    if isinstance(spec, nn.Module):
+        return _describe(spec, type(spec).__name__)
+    if not isinstance(spec, (str, os.PathLike)):
+        raise ValueError(f"cannot read a teacher from a {type(spec).__name__}. {ACCEPTED_FORMS}")
+    spec = os.fspath(spec)
+    if spec.startswith("timm:"):
+        return _load_timm(spec)
+    if spec.startswith("python:"):
+        return _load_python(spec)
+    return _load_transformers(spec)
+
+
+def _describe(model: nn.Module, name: str) -> _Classifier:
+    """Read classes and pixels off a model: from a Transformers config, or from timm's `pretrained_cfg`."""
+    config = getattr(model, "config", None)
+    inner = getattr(model, "timm_model", model)
+    # Inside a TimmWrapper `pretrained_cfg` speaks of the architecture; the wrapper's config knows how it was trained.
+    pixels = {
+        **(getattr(inner, "pretrained_cfg", None) or getattr(inner, "default_cfg", None) or {}),
+        **(getattr(config, "pretrained_cfg", None) or {}),
+    }
+    size = pixels.get("input_size", [None])[1:] or getattr(config, "image_size", None)
+    return _Classifier(
+        model,
+        name,
+        names=_class_names(getattr(config, "id2label", None)),
+        mean=_floats(pixels.get("mean")),
+        std=_floats(pixels.get("std")),
+        image_size=_pair(size) if size else None,
+        fixed_size=pixels.get("fixed_input_size", False) if pixels else None,
+    )
+
+
+def _load_transformers(spec: str) -> _Classifier:
+    """A directory written by `save_pretrained`, or a Hub id."""
+    model, info = _from_pretrained(spec)
+    fresh = sorted(key for key in info["missing_keys"] if not key.endswith("num_batches_tracked"))
+    fresh += sorted(key for key, *_ in info["mismatched_keys"])
+    if fresh:
+        raise ValueError(
+            f"teacher {spec!r} has untrained weights: {_some(fresh)} are not in its checkpoint and were "
+            "drawn at random. Fine-tune the teacher first: recipes/run_teacher.py"
+        )
+    found = _describe(model, spec)
+    if model.config.model_type != "timm_wrapper":
+        _read_image_processor(found, spec)
+    return found
+
+
+def _from_pretrained(spec: str, **kwargs) -> tuple[nn.Module, dict]:
+    from transformers import AutoModelForImageClassification
+
+    path = Path(spec).expanduser()
+    if path.is_file():
+        raise ValueError(
+            f"teacher {spec!r} is a file: name its network too, timm:<name>?checkpoint={spec}. {ACCEPTED_FORMS}"
+        )
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"teacher directory {spec!r} has no config.json. {ACCEPTED_FORMS}")
+        spec = str(path)
+    elif path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
+        raise ValueError(f"teacher {spec!r} does not exist. {ACCEPTED_FORMS}")
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            spec,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the callers say what a fresh head means
+            **kwargs,
+        )
+    except Exception as error:  # Transformers, huggingface_hub and safetensors raise a dozen unrelated types
+        raise ValueError(f"cannot load teacher {spec!r}: {_line(error)}. {ACCEPTED_FORMS}") from error
+
+
+def _read_image_processor(found: _Classifier, spec: str) -> None:
+    """Fill in mean and std from the image processor saved beside a Transformers model."""
+    from transformers import AutoImageProcessor
+
+    try:
+        settings = AutoImageProcessor.from_pretrained(os.path.expanduser(spec)).to_dict()
+    except OSError:
+        logger.warning("teacher %s has no preprocessor_config.json: it gets the student's mean and std", spec)
+        return
+    if settings.get("do_flip_channel_order"):
+        raise ValueError(f"teacher {spec!r} reads BGR images: wrap it in python:<module>:<factory>")
+    # A processor normalises pixels of 0..255 times rescale_factor; mean and std here are of pixels in [0, 1].
+    unit = 255 * settings["rescale_factor"] if settings.get("do_rescale") else 255.0
+    normalises = settings.get("do_normalize")
+    found.mean = tuple(m / unit for m in settings["image_mean"]) if normalises else (0.0, 0.0, 0.0)
+    found.std = tuple(s / unit for s in settings["image_std"]) if normalises else (1 / unit,) * 3
+
+
+def _load_timm(spec: str) -> _Classifier:
+    """`timm:<name>` with timm's published weights, or `timm:<name>?checkpoint=<file>`."""
+    name, _, query = spec.removeprefix("timm:").partition("?")
+    key, _, file = query.partition("=")
+    if query and (key != "checkpoint" or not file):
+        raise ValueError(f"teacher {spec!r}: expected timm:<name>?checkpoint=<file>, got {query!r} after '?'")
+    if file:
+        return _load_timm_checkpoint(spec, name, file)
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    try:
+        model = _create_timm_model(name, pretrained=True)
+    except ValueError:
+        raise
+    except Exception as error:  # no weights, no network
+        raise ValueError(
+            f"cannot download the weights of teacher {spec!r}: {_line(error)}. Without a network give a local file, "
+            f"timm:{name}?checkpoint=<file>, or a directory written by save_pretrained"
+        ) from error
+    found = _describe(model, spec)
+    if subset := infer_imagenet_subset(model):
+        found.names = ImageNetInfo(subset).label_descriptions()
+    return found
+
+
+def _load_timm_checkpoint(spec: str, name: str, file: str) -> _Classifier:
+    import timm
+
+    weights = _read_checkpoint(Path(file).expanduser())
+    base = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name.split(".")[0]) else None
+    head = getattr(base, "classifier", None) or ""
+    head = weights.get(f"{head if isinstance(head, str) else head[0]}.weight")  # two-headed networks list both
+    model = _create_timm_model(name, **({} if head is None else {"num_classes": head.shape[0]}))
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & weights.keys())
+        if weights[key].shape != own[key].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        listed = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts.items() if keys)
+        raise ValueError(f"checkpoint {file!r} does not fit timm's {name}: {listed}")
+    model.load_state_dict(weights)
+    return _describe(model, spec)
+
+
+def _create_timm_model(name: str, **kwargs) -> nn.Module:
+    import timm
+
+    if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}" + (f"; close ones are {', '.join(close)}" if close else ""))
+    return timm.create_model(name, **kwargs)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """State dict of a `.safetensors` file, or of a `.pth` file of timm, DeiT's authors or plain PyTorch."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint {str(path)!r} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts store their arguments
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated, not a checkpoint, or a pickle that would run code
+        # torch's own text recommends weights_only=False: never pass that on
+        what = "it holds more than weights" if isinstance(error, pickle.UnpicklingError) else _line(error)
+        raise ValueError(
+            f"cannot read checkpoint {str(path)!r}: {what}. Only .safetensors, and .pth files of tensors and plain "
+            "values, are read"
+        ) from error
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # the averaged weights first, as timm does
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"checkpoint {str(path)!r} holds no state dict")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
+
+
+def _load_python(spec: str) -> _Classifier:
+    """`python:<module>:<factory>`: the user's own code."""
+    module_name, _, factory_name = spec.removeprefix("python:").partition(":")
+    if not module_name or not factory_name:
+        raise ValueError(f"teacher {spec!r}: expected python:<module>:<factory>")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"teacher {spec!r}: {_line(error)}. The module must be on the PYTHONPATH") from error
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"teacher {spec!r}: the factory returned a {type(model).__name__}, expected an nn.Module")
+    return _describe(model, spec)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return tuple(map(float, values)) if values else None
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, without its type when it has a text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

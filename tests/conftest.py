@@ -1,0 +1,62 @@
+"""What all tests share: no network, a cache of their own, one thread each, and the optional real images."""
+
+import atexit
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+
+# Before anything imports torch, transformers or datasets: they read these once. Subprocesses inherit them.
+CACHE = tempfile.mkdtemp(prefix="hf_deit-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ.update(
+    HF_HOME=CACHE,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    NO_ALBUMENTATIONS_UPDATE="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+)
+
+import pytest  # noqa: E402
+
+
+ROOT = Path(__file__).resolve().parents[1]
+LOOPBACK = ("127.", "localhost", "::1", "0.0.0.0")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked `gpu` where there is none."""
+    gpu_tests = [item for item in items if "gpu" in item.keywords]
+    if gpu_tests:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu_tests:
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """A connection that leaves this machine is an error, not a slow pass."""
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(LOOPBACK):
+            raise ConnectionRefusedError(f"tests are offline, but something connects to {address}")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_here)
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images (`cifar10/`, `imagenet_sample/`), which the repository does not hold."""
+    folder = Path(os.environ.get("HF_DEIT_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real images: set HF_DEIT_DATA to a folder with cifar10/ and imagenet_sample/")
+    return folder

@@ -1,0 +1,79 @@
+"""What the documents promise exists: files, make targets, Python that compiles, links."""
+
+import ast
+import re
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+GUIDES = sorted(path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.exists())
+RECIPE_FILES = sorted(path for path in ROOT.glob("recipes/**/*") if path.suffix in {".yaml", ".md", ".py"})
+DOCS = sorted(ROOT.glob("docs/**/*.md"))
+TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+
+# `recipes/x.yaml`, `tests/`, `.ci/run`; `<name>` marks a placeholder, `*` and `{a,b}` stand for several files.
+PATH = re.compile(r"(?<![\w./<-])((?:\.ci|benchmarks|docs|model_cards|recipes|src|tests)/[\w./*{},<>-]*)")
+# `losses.py` alone, as in a table of "where is what" or a tree; `[recipe.yaml]` is an argument.
+BARE_FILE = re.compile(r"(?<![\w./*<>\[-])(\w[\w-]*\.(?:py|yaml))(?![\w/])")
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def expand(pattern: str) -> list[str]:
+    """`a/{b,c}.yaml` -> `a/b.yaml`, `a/c.yaml`."""
+    pieces = re.split(r"\{([^}]*)\}", pattern)
+    choices = [piece.split(",") if number % 2 else [piece] for number, piece in enumerate(pieces)]
+    return ["".join(choice) for choice in product(*choices)]
+
+
+def exists(name: str) -> bool:
+    folders = (ROOT / folder for folder in ("src", "recipes", "tests", "benchmarks"))
+    return (ROOT / name).exists() or any(path for folder in folders for path in folder.rglob(name))
+
+
+def missing_paths(text: str) -> list[str]:
+    """The named files that do not exist. A reader's own files begin with `my_`; the authors' are elsewhere."""
+    text = re.sub(r"facebookresearch/deit [\w.]+", "", text)
+    named = [name for match in PATH.findall(text) if "<" not in match for name in expand(match.rstrip(".,"))]
+    missing = [name for name in named if "/my_" not in name and not any(ROOT.glob(name.rstrip("/")))]
+    own = [name for name in BARE_FILE.findall(text) if not name.startswith("my_")]
+    return missing + [name for name in own if not exists(name)]
+
+
+def test_the_scan_finds_what_is_missing():
+    text = (
+        "`src/hf_deit/ema.py` recipes/accelerate/{cpu,no}.yaml, tests/test_*.py, `tests/test_<x>.py`, no.py setup.py"
+    )
+    assert missing_paths(text) == ["recipes/accelerate/no.yaml", "no.py"]
+
+
+@pytest.mark.parametrize("path", [*GUIDES, *RECIPE_FILES], ids=relative)
+def test_named_files_exist(path):
+    assert not missing_paths(path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize("path", [*GUIDES, *RECIPE_FILES, *DOCS, ROOT / ".ci/run"], ids=relative)
+def test_named_make_targets_exist(path):
+    # In prose "make" is a verb: only backticks, blocks of code and scripts count.
+    text = path.read_text("utf-8")
+    code = text if path.suffix == "" else "\n".join(re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL))
+    named = re.findall(r"`make ([a-z-]+)", text) + re.findall(r"^\W*(?:step )?make ([a-z-]+)", code, re.MULTILINE)
+    assert set(named) <= TARGETS
+
+
+@pytest.mark.parametrize("path", [*GUIDES, *DOCS], ids=relative)
+def test_python_blocks_compile(path):
+    for block in re.findall(r"^```py(?:thon)?\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        ast.parse(block)
+
+
+@pytest.mark.parametrize("path", [*GUIDES, *DOCS, *ROOT.glob("recipes/**/*.md")], ids=relative)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)\s]+)\)|\bsrc=\"([^\"]+)\"", path.read_text("utf-8"))
+    local = [one or other for one, other in links if not re.match(r"[a-z]+:|#", one or other)]
+    assert [link for link in local if not (path.parent / link.split("#")[0]).exists()] == []

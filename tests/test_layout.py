@@ -1,0 +1,121 @@
+"""The architecture: who may import whom, one door per heavy dependency, one test file per module, machine files."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+import hf_deit
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "hf_deit"
+MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+SCRIPTS = sorted([*ROOT.glob("recipes/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
+
+# A module may import modules of the rows above its own, and nothing else of ours.
+LAYERS = (
+    {
+        *("configuration_deit", "losses", "mixing", "augmentation", "repeated_augmentation", "metrics", "teachers"),
+        *("distillation_config", "recipe", "model_card", "plots", "throughput", "ema"),
+    },
+    {"modeling_deit", "checkpoint_conversion", "data", "analysis"},
+    {"distillation_trainer"},
+)
+# The one file through which each heavy dependency comes in. (Benchmarks compare with peers, tests with references.)
+DOORS = {
+    "timm": "teachers",
+    "albumentations": "augmentation",
+    "datasets": "data",
+    "evaluate": "metrics",
+    "matplotlib": "plots",
+}
+# Tests of the repository rather than of one module.
+REPOSITORY_TESTS = {"recipes", "model_cards", "layout", "docs"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every dotted name a file imports, wherever the statement stands; relative ones as `hf_deit....`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ["hf_deit" if node.level else "", node.module]))
+            # Of `from hf_deit import x`, x matters; elsewhere the module does.
+            names |= {f"hf_deit.{alias.name}" for alias in node.names} if module == "hf_deit" else {module}
+    return names
+
+
+def test_the_scan_sees_every_kind_of_import(tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text(
+        "import timm.data as t\nfrom .losses import a\nfrom . import metrics\nfrom hf_deit.data import b\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hf_deit import DeiTModel\n"
+        "def f():\n    import matplotlib.pyplot\n"
+    )
+    ours = {"hf_deit.losses", "hf_deit.metrics", "hf_deit.data", "hf_deit.DeiTModel"}
+    assert imports(file) == ours | {"timm.data", "typing", "matplotlib.pyplot"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_a_module_imports_only_rows_above_it(path):
+    rows = [number for number, row in enumerate(LAYERS) if path.stem in row]
+    assert rows, f"{path.stem} is in no row of LAYERS: decide where it stands"
+    allowed = set().union(*LAYERS[: rows[0]])
+    ours = {name.split(".")[1] if "." in name else name for name in imports(path) if name.split(".")[0] == "hf_deit"}
+    assert ours <= allowed, f"{path.stem} may not import {sorted(ours - allowed)}"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_use_public_names_only(path):
+    ours = {name for name in imports(path) if name.split(".")[0] == "hf_deit"}
+    public = {f"hf_deit.{name}" for name in hf_deit.__all__} | {"hf_deit"}
+    assert ours <= public, f"not public: {sorted(ours - public)}"
+
+
+@pytest.mark.parametrize("dependency", DOORS)
+def test_a_heavy_dependency_has_one_door(dependency):
+    files = [PACKAGE / "__init__.py", *MODULES, *ROOT.glob("recipes/**/*.py")]
+    users = {path.stem for path in files if dependency in {name.split(".")[0] for name in imports(path)}}
+    assert users <= {DOORS[dependency]}
+
+
+@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py", *SCRIPTS], ids=lambda path: str(path.name))
+def test_a_file_says_what_it_is(path):
+    assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), f"{path} has no module docstring"
+
+
+def test_modules_and_tests_stand_one_to_one():
+    modules = {path.stem for path in MODULES}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert tests - REPOSITORY_TESTS == modules
+
+
+def test_every_public_name_exists():
+    for name in hf_deit.__all__:
+        assert getattr(hf_deit, name) is not None
+
+
+def test_import_is_light():
+    program = "import hf_deit, json, sys; print(json.dumps(sorted(sys.modules)))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=300, check=True)
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert "hf_deit" in loaded
+    assert not loaded & {"timm", "albumentations", "datasets"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_machine_file(path):
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    kind = config.distributed_type.value
+    assert (config.num_processes > 1) == (kind != "NO")
+    if path.stem == "cpu":
+        assert config.use_cpu and config.mixed_precision == "no"
+    else:
+        assert not config.use_cpu and config.mixed_precision == "bf16"
