@@ -9,17 +9,20 @@ import run_teacher
 from transformers import set_seed
 
 from hf_deit import (
+    DataArguments,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DistillationConfig,
     DistillationTrainer,
+    ModelArguments,
     build_image_processor,
     build_views,
+    exit_clearly,
     load_image_dataset,
     load_teacher,
+    parse_recipe,
 )
-from hf_deit.recipe import DataArguments, ModelArguments, exit_clearly, parse_recipe
 
 
 RECIPES = Path(__file__).parent
@@ -51,7 +54,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     # 2. The images
     images = load_image_dataset(**data_args.loading())
-    train_views, eval_views = build_views(images, training_args, data_args.image_size, data_args.crop_ratio)
+    train_views, eval_views = build_views(
+        images, data_args.image_size, data_args.crop_ratio, **training_args.view_options()
+    )
     id2label = dict(enumerate(images["train"].features["label"].names))
     processor = build_image_processor(eval_views.transform)
 

@@ -8,27 +8,30 @@ leaves in `output_dir` is what `teacher:` of run_distill.py takes. `--help` list
 from transformers import set_seed
 
 from hf_deit import (
+    ClassifierArguments,
+    DataArguments,
     DistillationConfig,
     DistillationTrainer,
     build_image_processor,
     build_views,
+    exit_clearly,
     load_image_dataset,
     new_classifier,
+    parse_recipe,
 )
-from hf_deit.recipe import ClassifierArguments, DataArguments, exit_clearly, parse_recipe
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     # 1. What to do
-    model_args, data_args, training_args = parse_recipe(
-        (ClassifierArguments, DataArguments, DistillationConfig), argv
-    )
+    model_args, data_args, training_args = parse_recipe((ClassifierArguments, DataArguments, DistillationConfig), argv)
     training_args.distillation_type = "none"  # labels only: a teacher has no teacher
     set_seed(training_args.seed)
 
     # 2. The images
     images = load_image_dataset(**data_args.loading())
-    train_views, eval_views = build_views(images, training_args, data_args.image_size, data_args.crop_ratio)
+    train_views, eval_views = build_views(
+        images, data_args.image_size, data_args.crop_ratio, **training_args.view_options()
+    )
     id2label = dict(enumerate(images["train"].features["label"].names))
     processor = build_image_processor(eval_views.transform)
 

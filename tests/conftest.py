@@ -60,3 +60,28 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real images: set HF_DEIT_DATA to a folder with cifar10/ and imagenet_sample/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_images():
+    """`tiny_images(train=48, eval=20)`: noisy 16 x 16 pictures of three classes that differ in colour."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "green", "blue"])}
+    )
+
+    def split(count: int, seed: int) -> datasets.Dataset:
+        rng = np.random.default_rng(seed)
+        labels = np.arange(count) % 3
+        pixels = rng.integers(0, 120, (count, 16, 16, 3), dtype=np.uint8)
+        pixels[np.arange(count), :, :, labels] += 100
+        rows = {"image": [Image.fromarray(image) for image in pixels], "label": labels}
+        return datasets.Dataset.from_dict(rows, features).cast_column("image", datasets.Image(decode=False))
+
+    def make(train: int = 48, eval: int = 20) -> datasets.DatasetDict:
+        return datasets.DatasetDict({"train": split(train, 0), "eval": split(eval, 1)})
+
+    return make

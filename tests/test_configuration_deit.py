@@ -1,3 +1,5 @@
+"""The configuration: the paper's defaults, stock's where stock wrote the file, and no impossible network."""
+
 import json
 
 import pytest
@@ -38,7 +40,7 @@ def test_every_field_survives_a_round_trip(tmp_path):
     )
     config.save_pretrained(tmp_path)
     loaded = DeiTConfig.from_pretrained(tmp_path)
-    assert {**loaded.to_dict(), "image_size": (64, 32)} == config.to_dict()
+    assert loaded.to_dict() == config.to_dict()
     assert loaded.grid_size == config.grid_size == (4, 2)
 
 

@@ -21,9 +21,9 @@ SCRIPTS = sorted([*ROOT.glob("recipes/**/*.py"), *ROOT.glob("benchmarks/**/*.py"
 LAYERS = (
     {
         *("configuration_deit", "losses", "mixing", "augmentation", "repeated_augmentation", "metrics", "teachers"),
-        *("distillation_config", "recipe", "model_card", "plots", "throughput", "ema"),
+        *("recipe", "model_card", "plots", "throughput", "ema"),
     },
-    {"modeling_deit", "checkpoint_conversion", "data", "analysis"},
+    {"modeling_deit", "checkpoint_conversion", "data", "analysis", "distillation_config"},
     {"distillation_trainer"},
 )
 # The one file through which each heavy dependency comes in. (Benchmarks compare with peers, tests with references.)
@@ -35,7 +35,7 @@ DOORS = {
     "matplotlib": "plots",
 }
 # Tests of the repository rather than of one module.
-REPOSITORY_TESTS = {"recipes", "model_cards", "layout", "docs"}
+REPOSITORY_TESTS = {"transformers_common", "recipes", "model_cards", "layout", "docs"}
 
 
 def imports(path: Path) -> set[str]:

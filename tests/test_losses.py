@@ -91,7 +91,9 @@ def test_each_term_reaches_its_own_head_only(logits, kind):
     class_logits, token_logits = (value.requires_grad_() for value in logits[:2])
     labels = torch.arange(BATCH) % CLASSES
     parts = distillation_loss(class_logits, token_logits, labels, logits[2], distillation_type=kind)
-    by_class = torch.autograd.grad(parts["class_loss"], (class_logits, token_logits), retain_graph=True, allow_unused=True)
+    by_class = torch.autograd.grad(
+        parts["class_loss"], (class_logits, token_logits), retain_graph=True, allow_unused=True
+    )
     by_teacher = torch.autograd.grad(parts["distillation_loss"], (class_logits, token_logits), allow_unused=True)
     assert by_class[1] is None and by_teacher[0] is None
     assert by_class[0].abs().sum() > 0 and by_teacher[1].abs().sum() > 0
@@ -99,7 +101,9 @@ def test_each_term_reaches_its_own_head_only(logits, kind):
 
 def test_no_gradient_flows_into_the_teacher(logits):
     teacher_logits = logits[2].requires_grad_()
-    loss = distillation_loss(logits[0].requires_grad_(), None, torch.zeros(BATCH, dtype=int), teacher_logits, distillation_type="soft")
+    loss = distillation_loss(
+        logits[0].requires_grad_(), None, torch.zeros(BATCH, dtype=int), teacher_logits, distillation_type="soft"
+    )
     loss["loss"].backward()
     assert teacher_logits.grad is None
 
@@ -123,7 +127,9 @@ def test_half_precision_logits_give_a_float32_loss(logits):
     half = [value.bfloat16() for value in logits]
     labels = torch.arange(BATCH) % CLASSES
     loss = distillation_loss(half[0], half[1], labels, half[2], distillation_type="soft")["loss"]
-    full = distillation_loss(half[0].float(), half[1].float(), labels, half[2].float(), distillation_type="soft")["loss"]
+    full = distillation_loss(half[0].float(), half[1].float(), labels, half[2].float(), distillation_type="soft")[
+        "loss"
+    ]
     assert loss.dtype == torch.float32 and torch.equal(loss, full)
 
 

@@ -121,7 +121,11 @@ def test_erasing_a_view_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [({"mix_prob": 1.5}, "mix_prob is 1.5"), ({"mixup_alpha": -1}, "mixup_alpha is -1"), ({"random_erasing_prob": 2}, "is 2")],
+    [
+        ({"mix_prob": 1.5}, "mix_prob is 1.5"),
+        ({"mixup_alpha": -1}, "mixup_alpha is -1"),
+        ({"random_erasing_prob": 2}, "is 2"),
+    ],
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -645,7 +645,9 @@ class TrainTransform:
         else:
             box = sample_crop_box(height, width, rng, self.scale, self.ratio)
         flip = bool(rng.random() < self.horizontal_flip)
-        return ViewParameters(box, flip, tuple(operation for policy in self.policies for operation in policy.sample(rng)))
+        return ViewParameters(
+            box, flip, tuple(operation for policy in self.policies for operation in policy.sample(rng))
+        )
 
     def apply(self, image: np.ndarray, view: ViewParameters) -> np.ndarray:
         """Carry out `view`. The input is never written to, and may share memory with the result."""

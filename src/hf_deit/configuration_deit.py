@@ -34,7 +34,8 @@ def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 
 class DeiTConfig(PreTrainedConfig):
-    """Configuration of a DeiT.
+    """Configuration of a DeiT, of the kind of
+    [facebook/deit-base-distilled-patch16-224](https://huggingface.co/facebook/deit-base-distilled-patch16-224).
 
     Args:
         hidden_size: width of a token.

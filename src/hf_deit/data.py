@@ -1,8 +1,8 @@
 """From a dataset's name to batches of augmented views.
 
 `load_image_dataset` finds the images (registry name, local directory or Hub id) and gives them two columns, `image`
-(encoded bytes) and `label`; `TrainViews` and `EvalViews` decode and augment them; `collate_views` makes the batch. Pixels
-stay uint8 until they are on the device (mixing.py). Only this file imports datasets.
+(encoded bytes) and `label`; `TrainViews` and `EvalViews` decode and augment them; `collate_views` makes the batch.
+Pixels stay uint8 until they are on the device (mixing.py). Only this file imports datasets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import DeiTImageProcessor
 
 from .augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, build_eval_transform, build_train_transform
-from .distillation_config import DistillationConfig
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,7 @@ def _handwritten_digits() -> datasets.DatasetDict:
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
     )
-    train, held_out = train_test_split(
-        np.arange(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0
-    )
+    train, held_out = train_test_split(np.arange(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)
     return datasets.DatasetDict(
         {
             split: datasets.Dataset.from_dict(
@@ -93,8 +90,8 @@ def load_image_dataset(
     """Loads a labelled image set as `{"train", "eval"}`, each with the columns `image` and `label`.
 
     Args:
-        name: a name of [`REGISTRY`], a local directory (parquet files whose names begin with their split, or one folder
-            per split holding one folder of images per class), or a Hub id.
+        name: a name of [`REGISTRY`], a local directory (parquet files whose names begin with their split, or one
+            folder per split holding one folder of images per class), or a Hub id.
         image_column, label_column: needed only where the set has several columns of that kind.
         train_split, eval_split: default to "train" and to the first of validation, val, valid, test that exists.
         max_train_samples, max_eval_samples: keep a random subset of that many images, the same for the same seed.
@@ -118,7 +115,8 @@ def load_image_dataset(
         "train": _choose_split(splits, train_split or (entry.train_split if known else "train"), "train_split", name),
         "eval": _choose_split(
             splits,
-            eval_split or (entry.eval_split if known else next((s for s in EVAL_SPLITS if s in splits), EVAL_SPLITS[0])),
+            eval_split
+            or (entry.eval_split if known else next((s for s in EVAL_SPLITS if s in splits), EVAL_SPLITS[0])),
             "eval_split",
             name,
         ),
@@ -129,7 +127,7 @@ def load_image_dataset(
     if chosen["train"].features["label"].names != chosen["eval"].features["label"].names:
         raise ValueError(
             f"{name!r}: the classes of {chosen['train'].split} ({chosen['train'].features['label'].num_classes}) and "
-            f"{chosen['eval'].split} ({chosen['eval'].features['label'].num_classes}) differ; both splits need the same"
+            f"{chosen['eval'].split} ({chosen['eval'].features['label'].num_classes}) differ; both need the same"
         )
     for split, limit in (("train", max_train_samples), ("eval", max_eval_samples)):
         if limit is not None and limit < 1:
@@ -145,9 +143,9 @@ def _load_from_hub(name: str, entry: RegisteredDataset) -> datasets.DatasetDict:
         return datasets.load_dataset(entry.hub_id or name)
     except Exception as error:  # datasets, huggingface_hub and fsspec each raise their own for "not there"
         raise ValueError(
-            f"dataset {name!r} could not be loaded: it is no local directory, none of {', '.join(sorted(REGISTRY))} that "
-            f"works offline, and the Hub said: {type(error).__name__}: {str(error).splitlines()[0]}. Give the path of a "
-            "directory of images or parquet files, or check the name and the network"
+            f"dataset {name!r} could not be loaded: it is no local directory, and the Hub said {type(error).__name__}: "
+            f"{str(error).splitlines()[0]}. Give the path of a directory of images or parquet files, or check the name "
+            "and the network"
         ) from error
 
 
@@ -163,8 +161,8 @@ def _load_directory(directory: Path) -> datasets.DatasetDict:
         return datasets.load_dataset("imagefolder", data_dir=str(directory))
     except Exception as error:  # an empty directory ends in one of several internal errors
         raise ValueError(
-            f"no images found in {str(directory)!r}: expected parquet files such as train.parquet and test.parquet, or "
-            "folders such as train/<class>/<image>.jpg and val/<class>/<image>.jpg"
+            f"no images found in {str(directory)!r}: expected parquet files such as train.parquet and test.parquet, "
+            "or folders such as train/<class>/<image>.jpg and val/<class>/<image>.jpg"
         ) from error
 
 
@@ -215,8 +213,8 @@ def decode_image(encoded: Mapping) -> np.ndarray:
     """One image as RGB.
 
     Args:
-        encoded: `{"bytes": bytes or None, "path": str or None}`, any format and mode Pillow reads: grey, palette, CMYK,
-            alpha (dropped), 16 bits (scaled down, not clipped).
+        encoded: `{"bytes": bytes or None, "path": str or None}`, any format and mode Pillow reads: grey, palette,
+            CMYK, alpha (dropped), 16 bits (scaled down, not clipped).
 
     Returns:
         `(height, width, 3)` uint8, turned upright where the EXIF data says so, as Transformers' pipelines do.
@@ -272,7 +270,7 @@ class TrainViews(torch.utils.data.Dataset):
 
 
 class EvalViews(torch.utils.data.Dataset):
-    """The one view of each held-out image: `transform` is from [`build_eval_transform`], no augmentation reaches it."""
+    """The one view of each held-out image; `transform` is from [`build_eval_transform`], without augmentation."""
 
     def __init__(self, images: datasets.Dataset, transform: Callable):
         self.images = images
@@ -287,24 +285,34 @@ class EvalViews(torch.utils.data.Dataset):
 
 
 def build_views(
-    images: Mapping[str, datasets.Dataset], args: DistillationConfig, image_size: int = 224, crop_ratio: float | None = None
+    images: Mapping[str, datasets.Dataset],
+    image_size: int = 224,
+    crop_ratio: float | None = None,
+    *,
+    auto_augment: str = "rand-m9-mstd0.5-inc1",
+    color_jitter: float = 0.3,
+    horizontal_flip: float = 0.5,
+    random_crop: str | None = None,
+    min_crop_scale: float = 0.08,
+    seed: int = 0,
 ) -> tuple[TrainViews, EvalViews]:
-    """The training views with the augmentation that `args` asks for, and the evaluation views.
+    """The training and the evaluation views of a set.
 
     Args:
         images: `{"train", "eval"}`, as [`load_image_dataset`] returns them.
-        args: its fields of the group "Augmentation of each view", and its seed.
         image_size: side of the views, pixels.
         crop_ratio: as for [`build_eval_transform`].
+        seed: of all training views.
+        others: the fields of [`DistillationConfig`] of that name.
     """
     train_transform = build_train_transform(
         image_size,
-        auto_augment=None if args.auto_augment == "none" else args.auto_augment,
-        color_jitter=args.color_jitter,
-        horizontal_flip=args.horizontal_flip,
-        scale=(args.min_crop_scale, 1.0),
+        auto_augment=None if auto_augment == "none" else auto_augment,
+        color_jitter=color_jitter,
+        crop=random_crop,
+        scale=(min_crop_scale, 1.0),
+        horizontal_flip=horizontal_flip,
     )
-    seed = args.seed if args.data_seed is None else args.data_seed
     return (
         TrainViews(images["train"], train_transform, seed),
         EvalViews(images["eval"], build_eval_transform(image_size, crop_ratio=crop_ratio)),
@@ -312,7 +320,7 @@ def build_views(
 
 
 def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:
-    """The evaluation transform with ImageNet's mean and standard deviation, as the processor that is saved with a model.
+    """The evaluation transform and ImageNet's mean and standard deviation, as the processor saved with a model.
 
     Stock's class defaults (a 256 x 256 squash, mean and deviation 0.5) are not the paper's.
     """

@@ -8,13 +8,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
-from transformers.utils import logging
 
 from .losses import DISTILLATION_TYPES, KL_REDUCTIONS
 
-
-logger = logging.get_logger(__name__)
 
 # "lr = 0.0005 x batchsize / 512" (Table 9).
 PAPER_BASE_LEARNING_RATE = 5e-4
@@ -40,8 +38,8 @@ class DistillationConfig(TrainingArguments):
     that hides NaN losses, all columns kept, as many loader workers as the machine has cores for.
 
     Raises:
-        ValueError: unknown `distillation_type` or `kl_reduction`, a number outside its range, both learning rates given,
-            `min_lr` above the learning rate, a warm-up as long as the run.
+        ValueError: unknown `distillation_type` or `kl_reduction`, a number outside its range, both learning rates
+            given, `min_lr` above the learning rate, a warm-up as long as the run.
     """
 
     # Distillation
@@ -65,7 +63,11 @@ class DistillationConfig(TrainingArguments):
     )
     color_jitter: float = _option(0.3, "Strength of the colour jitter, used only where auto_augment is 'none'.")
     horizontal_flip: float = _option(0.5, "Probability of a left-right flip; 0 where left and right differ (digits).")
-    min_crop_scale: float = _option(0.08, "Smallest share of the image's area that a random crop keeps, in (0, 1].")
+    random_crop: str | None = _option(
+        None,
+        "'random_resized', or 'padded': shifted by up to 4 pixels. Unset: padded up to 32 pixels, as the authors.",
+    )
+    min_crop_scale: float = _option(0.08, "Smallest share of the image that a random_resized crop keeps, in (0, 1].")
 
     # Regularisation of the batch, on the device
     random_erasing_prob: float = _option(0.25, "Probability that a view loses a rectangle to noise.")
@@ -102,6 +104,9 @@ class DistillationConfig(TrainingArguments):
         default_factory=_workers_per_process, metadata={"help": "Loader processes. Unset: the cores, at most 10."}
     )
     dataloader_persistent_workers: bool = _option(True, "Keep the loader processes between epochs.")
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches. Unset: where there is a GPU."}
+    )
 
     def __post_init__(self):
         if self.auto_augment in (None, ""):
@@ -133,8 +138,8 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(f"ema_decay is {self.ema_decay}; it lies in (0, 1), leave it out for no moving average")
         if self.max_steps <= 0 and not self.warmup_steps and self.warmup_epochs >= self.num_train_epochs:
             raise ValueError(
-                f"warmup_epochs is {self.warmup_epochs:g} of num_train_epochs {self.num_train_epochs:g}: nothing is left "
-                "to train; shorten the warm-up or lengthen the run"
+                f"warmup_epochs is {self.warmup_epochs:g} of num_train_epochs {self.num_train_epochs:g}: nothing is "
+                "left to train; shorten the warm-up or lengthen the run"
             )
 
     def _resolve_learning_rate(self) -> None:
@@ -143,14 +148,39 @@ class DistillationConfig(TrainingArguments):
             self.learning_rate = scaled
         elif self.base_learning_rate is not None and self.learning_rate != scaled:
             raise ValueError(
-                f"learning_rate {self.learning_rate:g} and base_learning_rate {self.base_learning_rate:g} are both given: "
-                "keep learning_rate for a final value, or base_learning_rate for one scaled by batch / 512"
+                f"learning_rate {self.learning_rate:g} and base_learning_rate {self.base_learning_rate:g} are both "
+                "given: keep learning_rate for a final value, or base_learning_rate for one scaled by batch / 512"
             )
         if self.lr_scheduler_type == "cosine_warmup_with_min_lr" and self.min_lr > self.learning_rate:
             raise ValueError(
                 f"min_lr {self.min_lr:g} is above the learning rate {self.learning_rate:g} (batch "
                 f"{self.effective_batch_size}): the cosine would rise; lower min_lr or raise the learning rate"
             )
+
+    def view_options(self) -> dict:
+        """The keyword arguments of [`build_views`]."""
+        names = ("auto_augment", "color_jitter", "horizontal_flip", "random_crop", "min_crop_scale")
+        return {name: getattr(self, name) for name in names} | {"seed": self.view_seed}
+
+    def mixing_options(self) -> dict:
+        """The keyword arguments of [`Mixing`]."""
+        names = ("mixup_alpha", "cutmix_alpha", "mix_prob", "mix_switch_prob", "random_erasing_prob")
+        return {name: getattr(self, name) for name in names}
+
+    def loss_options(self) -> dict:
+        """The keyword arguments of [`distillation_loss`]."""
+        return {
+            "distillation_type": self.distillation_type,
+            "alpha": self.distillation_alpha,
+            "temperature": self.distillation_temperature,
+            "label_smoothing": self.label_smoothing_factor,
+            "kl_reduction": self.kl_reduction,
+        }
+
+    @property
+    def view_seed(self) -> int:
+        """Fixes the order of the images and every view: `data_seed`, or `seed` where it is unset."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def effective_batch_size(self) -> int:

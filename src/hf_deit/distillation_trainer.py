@@ -1,7 +1,8 @@
 """DistillationTrainer: Transformers' Trainer with what DeiT changes and nothing else.
 
-The order of the views, the batch's way on the device, the loss with the teacher's answer in it, the parameter groups, the
-accuracy of the three heads. The numbers come from distillation_config.py, the mathematics from losses.py and mixing.py.
+The order of the views, the batch's way on the device, the loss with the teacher's answer in it, the parameter groups,
+the accuracy of the three heads. The numbers come from distillation_config.py, the mathematics from losses.py and
+mixing.py.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ class DistillationTrainer(Trainer):
     Args:
         model: [`DeiTForImageClassificationWithTeacher`], or any classifier of Transformers that returns `logits`.
         args: [`DistillationConfig`].
-        teacher: a [`Teacher`] from [`load_teacher`]. It is no part of the model: not trained, wrapped, gathered or saved.
+        teacher: a [`Teacher`] from [`load_teacher`]. It is no part of the model: not trained, wrapped, gathered or
+            saved.
         train_dataset: [`TrainViews`], or any map-style set of `{"pixel_values", "labels"}`.
         eval_dataset: [`EvalViews`], or the like.
-        mean, std: per channel, of the pixels' normalisation (uint8 pixels only); the processing_class's if it has them.
-        **kwargs: as for `Trainer`.
+        mean, std: per channel, of the pixels' normalisation (uint8 pixels only); the processing_class's if it has
+            them. **kwargs: as for `Trainer`.
 
     Raises:
         ValueError: the distillation type needs a teacher and there is none; the model's distillation head would learn
@@ -77,11 +79,7 @@ class DistillationTrainer(Trainer):
             model.config.num_labels,
             mean or self.processing_class.image_mean,
             std or self.processing_class.image_std,
-            mixup_alpha=args.mixup_alpha,
-            cutmix_alpha=args.cutmix_alpha,
-            mix_prob=args.mix_prob,
-            switch_prob=args.mix_switch_prob,
-            random_erasing_prob=args.random_erasing_prob,
+            **args.mixing_options(),
         )
         self.ema = None
         if args.ema_decay is not None:
@@ -94,8 +92,8 @@ class DistillationTrainer(Trainer):
         kind = self.args.distillation_type
         if kind in ("hard", "soft") and teacher is None:
             raise ValueError(
-                f"distillation_type is {kind!r} and there is no teacher: name one with teacher, or set distillation_type "
-                "to 'none' (labels only) or 'label' (both heads learn the labels)"
+                f"distillation_type is {kind!r} and there is no teacher: name one with teacher, or set "
+                "distillation_type to 'none' (labels only) or 'label' (both heads learn the labels)"
             )
         if kind == "none" and hasattr(self.model, "distillation_classifier"):
             raise ValueError(
@@ -113,8 +111,7 @@ class DistillationTrainer(Trainer):
                 f"one step takes {batch_size} views and the training set has {len(dataset)} images: lower "
                 "per_device_train_batch_size or gradient_accumulation_steps"
             )
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return RepeatedAugmentationSampler(len(dataset), self.args.num_repeats, seed, batch_size)
+        return RepeatedAugmentationSampler(len(dataset), self.args.num_repeats, self.args.view_seed, batch_size)
 
     # Optimisation
 
@@ -139,11 +136,7 @@ class DistillationTrainer(Trainer):
             outputs.get("distillation_logits"),
             labels,
             teacher_logits,
-            distillation_type=self.args.distillation_type,
-            alpha=self.args.distillation_alpha,
-            temperature=self.args.distillation_temperature,
-            label_smoothing=self.args.label_smoothing_factor,
-            kl_reduction=self.args.kl_reduction,
+            **self.args.loss_options(),
         )
         for name, value in losses.items():
             if name != "loss":
@@ -164,8 +157,8 @@ class DistillationTrainer(Trainer):
         raise FloatingPointError(
             f"training stopped at step {self.state.global_step + 1}: gradient norm {grad_norm}, learning rate "
             f"{self._get_learning_rate():.3g}, mean losses since the last log {losses}. No weight was changed in this "
-            f"step; checkpoints in {self.args.output_dir} are from before it. Usual causes: a learning rate too high, a "
-            "warm-up too short, fp16 (use bf16), a damaged input"
+            f"step; checkpoints in {self.args.output_dir} are from before it. Usual causes: a learning rate too high, "
+            "a warm-up too short, fp16 (use bf16), a damaged input"
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -189,7 +182,8 @@ class DistillationTrainer(Trainer):
         """
         if self.is_world_process_zero():
             print(self.banner(), flush=True)
-        train_metrics = self.train(resume_from_checkpoint=self.args.resume_from_checkpoint).metrics
+        resume = self.args.resume_from_checkpoint
+        train_metrics = self.train(resume_from_checkpoint=True if resume == "True" else resume).metrics
         self.save_model()
         self.save_metrics("train", train_metrics)
         metrics = self.evaluate()
@@ -200,7 +194,9 @@ class DistillationTrainer(Trainer):
         if self.is_world_process_zero():
             self.create_model_card()
             plot_run(
-                self.state.log_history, Path(self.args.output_dir, "report.png"), teacher_top1=metrics.get("teacher_top1")
+                self.state.log_history,
+                Path(self.args.output_dir, "report.png"),
+                teacher_top1=metrics.get("teacher_top1"),
             )
             print(accuracy_table(metrics), f"everything is in {self.args.output_dir}", sep="\n", flush=True)
         return train_metrics | metrics
@@ -226,7 +222,7 @@ class DistillationTrainer(Trainer):
                 f"{args.gradient_accumulation_steps} accumulation; {args.num_repeats} views of an image",
                 "steps": f"{steps:,} = {args.num_train_epochs:g} epochs of {steps_per_epoch:,}, "
                 f"{args.get_warmup_steps(steps):,} of them warm-up",
-                "lr": f"{args.learning_rate:.4g} at the peak, {args.lr_scheduler_type}; weight decay {args.weight_decay:g}",
+                "lr": f"{args.learning_rate:.4g} at the peak, {args.lr_scheduler_type.value}",
                 "precision": f"{self.accelerator.mixed_precision} on {args.device}",
             }.items()
         )
@@ -239,8 +235,8 @@ class DistillationTrainer(Trainer):
         """What evaluation needs of a batch, small enough to gather from every rank.
 
         Returns:
-            None; the best classes of each head `(batch, heads, 5)` int64, fused first, then class and distillation, and
-            the fused prediction's cross-entropy `(batch,)` float32, nats; the labels `(batch,)`.
+            None; the best classes of each head `(batch, heads, 5)` int64, fused first, then class and distillation,
+            and the fused prediction's cross-entropy `(batch,)` float32, nats; the labels `(batch,)`.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -281,7 +277,12 @@ class DistillationTrainer(Trainer):
 
 def accuracy_table(metrics: dict[str, float]) -> str:
     """The last lines of a run: held-out accuracy of each head, and of the teacher where there is one."""
-    rows = {"class head": "eval_class", "distillation head": "eval_distillation", "fused": "eval", "teacher": "teacher"}
+    rows = {
+        "class head": "eval_class",
+        "distillation head": "eval_distillation",
+        "fused": "eval",
+        "teacher": "teacher",
+    }
     if "eval_class_top1" not in metrics:
         rows["model"] = rows.pop("fused")
     lines = [f"{'held-out accuracy':<18}{'top-1':>8}{'top-5':>8}"]

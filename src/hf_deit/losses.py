@@ -3,7 +3,8 @@
 Eq. 2 (soft distillation), eq. 3 (hard distillation) and the cross-entropy against soft targets that Mixup and CutMix
 need. Nothing here knows a model, a teacher or a trainer; everything is computed in float32 whatever comes in.
 
-Source: Touvron et al. 2021 (arXiv 2012.12877), section 4; facebookresearch/deit losses.py for the conventions named below.
+Source: Touvron et al. 2021 (arXiv 2012.12877), section 4; facebookresearch/deit losses.py for the conventions named
+    below.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ KL_REDUCTIONS = ("batchmean", "numel")
 
 
 def default_alpha(distillation_type: str) -> float:
-    """Weight of the teacher's term: 0.1 for soft (section 6, "λ = 0.1"), one half otherwise (eq. 3), 0 without a teacher."""
+    """Weight of the teacher's term: λ = 0.1 for "soft" (section 6), 0 for "none", one half otherwise (eq. 3)."""
     return {"none": 0.0, "soft": 0.1}.get(distillation_type, 0.5)
 
 
@@ -38,7 +39,7 @@ def soft_target_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: 
     """
     if logits.shape != targets.shape:
         raise ValueError(
-            f"soft targets have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}: both must be (batch, classes)"
+            f"soft targets have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}: use (batch, classes)"
         )
     return F.cross_entropy(logits.float(), targets.float(), label_smoothing=label_smoothing)
 
@@ -53,7 +54,7 @@ def _soft_distillation(logits: Tensor, teacher_logits: Tensor, temperature: floa
     """τ² KL(teacher ‖ student) at temperature τ: the second term of eq. 2 without its λ.
 
     The paper writes the two softmaxes in the other order; the direction here is that of Hinton et al. and of the
-    authors' code. They also divided by batch x classes ("numel"), a factor of 1000 less on ImageNet than the batch mean.
+    authors' code. They also divided by batch x classes ("numel"), a factor of 1000 less on ImageNet.
     """
     divergence = F.kl_div(
         F.log_softmax(logits.float() / temperature, dim=1),
@@ -118,7 +119,7 @@ def distillation_loss(
             )
         if teacher_logits.shape != taught_logits.shape:
             raise ValueError(
-                f"teacher_logits have shape {tuple(teacher_logits.shape)}, the student's {tuple(taught_logits.shape)}: "
+                f"teacher_logits are {tuple(teacher_logits.shape)}, the student's logits {tuple(taught_logits.shape)}; "
                 "teacher and student must see the same batch and know the same classes"
             )
         teacher_logits = teacher_logits.detach()

@@ -26,7 +26,7 @@ ERASING_ATTEMPTS = 10
 
 
 def normalize(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """`(batch, 3, height, width)` uint8 in [0, 255] to float32 `(x / 255 - mean) / std`; float input passes through."""
+    """`(batch, 3, height, width)` uint8 in [0, 255] to float32 `(x / 255 - mean) / std`; floats pass unchanged."""
     if pixel_values.is_floating_point():
         return pixel_values
     mean, std = (torch.tensor(values, device=pixel_values.device).view(3, 1, 1) for values in (mean, std))
@@ -42,8 +42,9 @@ class Mixing:
         mixup_alpha: parameter of the Beta distribution of Mixup's weight; 0 turns Mixup off. Paper: 0.8.
         cutmix_alpha: the same for CutMix. Paper: 1.0.
         mix_prob: probability that a batch is mixed at all.
-        switch_prob: probability of CutMix when both are on.
-        random_erasing_prob: probability that a view loses a rectangle to noise (one normal number a pixel and channel).
+        mix_switch_prob: probability of CutMix when both are on.
+        random_erasing_prob: probability that a view loses a rectangle to noise (one normal number a pixel and
+            channel).
 
     Raises:
         ValueError: for a probability outside [0, 1] or a negative alpha.
@@ -58,12 +59,12 @@ class Mixing:
         mixup_alpha: float = 0.8,
         cutmix_alpha: float = 1.0,
         mix_prob: float = 1.0,
-        switch_prob: float = 0.5,
+        mix_switch_prob: float = 0.5,
         random_erasing_prob: float = 0.25,
     ):
         for name, value in (
             ("mix_prob", mix_prob),
-            ("switch_prob", switch_prob),
+            ("mix_switch_prob", mix_switch_prob),
             ("random_erasing_prob", random_erasing_prob),
         ):
             if not 0 <= value <= 1:
@@ -77,13 +78,14 @@ class Mixing:
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
         self.mix_prob = mix_prob if mixup_alpha or cutmix_alpha else 0.0
-        self.switch_prob = switch_prob
+        self.mix_switch_prob = mix_switch_prob
         self.random_erasing_prob = random_erasing_prob
 
     def __call__(self, pixel_values: Tensor, labels: Tensor, view_seeds: np.ndarray) -> tuple[Tensor, Tensor]:
         """
         Args:
-            pixel_values: `(batch, 3, height, width)` uint8, or float32 already normalised. Any batch size, odd ones too.
+            pixel_values: `(batch, 3, height, width)` uint8, or float32 already normalised (then overwritten). Any
+                batch size, odd ones too.
             labels: `(batch,)` int64.
             view_seeds: `(batch,)` non-negative int64, on the host.
 
@@ -108,11 +110,11 @@ class Mixing:
         return pixel_values
 
     def _mix(self, pixel_values: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Each view with its mirror image in the batch (the middle one of an odd batch with itself), one weight for all."""
+        """Each view with its mirror image in the batch (an odd batch's middle with itself), one weight for all."""
         if rng.random() >= self.mix_prob:
             return pixel_values, targets
         partners = pixel_values.flip(0)
-        cutmix_prob = self.switch_prob if self.mixup_alpha and self.cutmix_alpha else float(self.cutmix_alpha > 0)
+        cutmix_prob = self.mix_switch_prob if self.mixup_alpha and self.cutmix_alpha else float(self.cutmix_alpha > 0)
         if rng.random() < cutmix_prob:
             height, width = pixel_values.shape[-2:]
             weight = rng.beta(self.cutmix_alpha, self.cutmix_alpha)

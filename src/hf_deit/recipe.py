@@ -1,7 +1,7 @@
 """A recipe: flat YAML and the command line, together the dataclasses of a run.
 
-Every key is a field of one of the dataclasses, on both sides; the command line wins. A recipe is data: nothing in it is
-executed, and a key nobody knows is refused.
+Every key is a field of one of the dataclasses, on both sides; the command line wins. A recipe is data: nothing in it
+is executed, and a key nobody knows is refused.
 """
 
 from __future__ import annotations
@@ -67,7 +67,14 @@ class ModelArguments:
 
     def config_overrides(self) -> dict:
         """The fields of DeiTConfig that were given."""
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "drop_path_rate", "head_fusion")
+        names = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "patch_size",
+            "drop_path_rate",
+            "head_fusion",
+        )
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -102,9 +109,7 @@ def parse_recipe(
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = argv.pop(0) if argv and not argv[0].startswith("-") else default_recipe
     known = {item.name for kind in dataclass_types for item in fields(kind) if item.init}
-    parser = HfArgumentParser(
-        dataclass_types, usage="%(prog)s [recipe.yaml] [--key value ...]", allow_abbrev=False
-    )
+    parser = HfArgumentParser(dataclass_types, usage="%(prog)s [recipe.yaml] [--key value ...]", allow_abbrev=False)
     if recipe is not None:
         parser.set_defaults(**_read_recipe(Path(recipe), known))
     *instances, unknown = parser.parse_args_into_dataclasses(
@@ -144,7 +149,7 @@ def _did_you_mean(word: str, known: set[str]) -> str:
 
 
 def exit_clearly(main: Callable[[], object]) -> None:
-    """Runs a script's `main`. An error that hf_deit itself raises was written for the user: one line and exit status 1.
+    """Runs a script's `main`. An error that hf_deit itself raises was written for the user: one line, exit status 1.
 
     Any other error is a bug, here or below, and keeps its traceback.
     """

@@ -1,11 +1,12 @@
 """The repeated order: each image of an epoch is seen `num_repeats` times, in differently augmented views.
 
-An epoch still counts as many views as the set has images, so it meets one image in `num_repeats` (the paper's 300 epochs
-are "100 epochs, but each is 3x longer"). The repeats of an image stand next to each other: the loader decodes it once,
-and the global batch holds what the authors' sampler, which spreads the repeats over the ranks, would have put there.
+An epoch still counts as many views as the set has images, so it meets one image in `num_repeats` (the paper's 300
+epochs are "100 epochs, but each is 3x longer"). The repeats of an image stand next to each other: the loader decodes
+it once, and the global batch holds what the authors' sampler, which spreads the repeats over the ranks, would have put
+there.
 
-The order knows nothing of ranks or workers. accelerate deals out whole batches of it, so a view's place in the epoch, and
-with it every random number of its augmentation, is the same on 1 and on 64 GPUs.
+The order knows nothing of ranks or workers. accelerate deals out whole batches of it, so a view's place in the epoch,
+and with it every random number of its augmentation, is the same on 1 and on 64 GPUs.
 
 Source: Touvron et al. 2021 (arXiv 2012.12877), section 6; facebookresearch/deit samplers.py (RASampler).
 """
