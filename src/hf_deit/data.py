@@ -143,9 +143,9 @@ def _load_from_hub(name: str, entry: RegisteredDataset) -> datasets.DatasetDict:
         return datasets.load_dataset(entry.hub_id or name)
     except Exception as error:  # datasets, huggingface_hub and fsspec each raise their own for "not there"
         raise ValueError(
-            f"dataset {name!r} could not be loaded: it is no local directory, and the Hub said {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}. Give the path of a directory of images or parquet files, or check the name "
-            "and the network"
+            f"dataset {name!r} could not be loaded: it is no local directory, and the Hub said "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}. Give the path of a directory of images or "
+            "parquet files, or check the name and the network"
         ) from error
 
 

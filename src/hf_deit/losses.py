@@ -119,7 +119,7 @@ def distillation_loss(
             )
         if teacher_logits.shape != taught_logits.shape:
             raise ValueError(
-                f"teacher_logits are {tuple(teacher_logits.shape)}, the student's logits {tuple(taught_logits.shape)}; "
+                f"teacher_logits are {tuple(teacher_logits.shape)}, the student's {tuple(taught_logits.shape)}; "
                 "teacher and student must see the same batch and know the same classes"
             )
         teacher_logits = teacher_logits.detach()
