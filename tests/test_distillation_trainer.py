@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
 from hf_deit import (
     DeiTConfig,
@@ -337,6 +337,28 @@ def test_any_classifier_can_be_trained_as_a_teacher(tiny_images, tmp_path):
     run.train_and_save()
     teacher = load_teacher(str(tmp_path), id2label=names, mean=mean, std=std)
     assert teacher.num_labels == 3
+
+
+def test_a_set_that_is_not_ours_trains_with_its_own_collator(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    examples = [{"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": i % 3} for i in range(24)]
+    args = DistillationConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        distillation_type="label",
+        max_steps=2,
+        warmup_epochs=0,
+        learning_rate=1e-3,
+        per_device_train_batch_size=8,
+        dataloader_num_workers=0,
+        save_strategy="no",
+    )
+    pieces = {"train_dataset": examples, "eval_dataset": examples, "data_collator": default_data_collator}
+    with pytest.raises(ValueError, match="how pixels are normalised is not known"):
+        DistillationTrainer(student(), args, **pieces)
+    run = DistillationTrainer(student(), args, mean=(0, 0, 0), std=(1, 1, 1), **pieces)
+    run.train()
+    assert run.state.global_step == 2 and run.evaluate()["eval_loss"] > 0
 
 
 # What is refused

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_parameter_names
-from transformers.utils import logging
 
 from .data import collate_views
 from .distillation_config import DistillationConfig
@@ -27,8 +26,6 @@ from .mixing import Mixing, normalize
 from .plots import plot_run
 from .repeated_augmentation import RepeatedAugmentationSampler
 
-
-logger = logging.get_logger(__name__)
 
 # "No decay on biases, norms, class token and positions"; the authors do decay the distillation token
 # (facebookresearch/deit, no_weight_decay of its models).
@@ -45,10 +42,11 @@ class DistillationTrainer(Trainer):
         args: [`DistillationConfig`].
         teacher: a [`Teacher`] from [`load_teacher`]. It is no part of the model: not trained, wrapped, gathered or
             saved.
-        train_dataset: [`TrainViews`], or any map-style set of `{"pixel_values", "labels"}`.
+        train_dataset: [`TrainViews`], or any map-style set with a data_collator of its own that returns `pixel_values`
+            `(batch, 3, height, width)`, uint8 or normalised float32, and `labels` `(batch,)` int64.
         eval_dataset: [`EvalViews`], or the like.
-        mean, std: per channel, of the pixels' normalisation (uint8 pixels only); the processing_class's if it has
-            them. **kwargs: as for `Trainer`.
+        mean, std: per channel, to normalise uint8 pixels with; by default the processing_class's.
+        **kwargs: as for `Trainer`.
 
     Raises:
         ValueError: the distillation type needs a teacher and there is none; the model's distillation head would learn
@@ -75,12 +73,11 @@ class DistillationTrainer(Trainer):
         super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
         self._check_heads_and_teacher(teacher)
         self.teacher = teacher.to(args.device) if teacher is not None else None
-        self.mixing = Mixing(
-            model.config.num_labels,
-            mean or self.processing_class.image_mean,
-            std or self.processing_class.image_std,
-            **args.mixing_options(),
-        )
+        if mean is None or std is None:
+            if self.processing_class is None:
+                raise ValueError("how pixels are normalised is not known: pass processing_class, or mean and std")
+            mean, std = self.processing_class.image_mean, self.processing_class.image_std
+        self.mixing = Mixing(model.config.num_labels, mean, std, **args.mixing_options())
         self.ema = None
         if args.ema_decay is not None:
             self.ema = ExponentialMovingAverage(args.ema_decay)

@@ -3,8 +3,7 @@
 Eq. 2 (soft distillation), eq. 3 (hard distillation) and the cross-entropy against soft targets that Mixup and CutMix
 need. Nothing here knows a model, a teacher or a trainer; everything is computed in float32 whatever comes in.
 
-Source: Touvron et al. 2021 (arXiv 2012.12877), section 4; facebookresearch/deit losses.py for the conventions named
-    below.
+Source: Touvron et al. 2021 (arXiv 2012.12877), section 4; for the conventions facebookresearch/deit losses.py.
 """
 
 from __future__ import annotations
