@@ -17,7 +17,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from transformers import DeiTImageProcessor
 
@@ -222,7 +222,8 @@ def decode_image(encoded: Mapping) -> np.ndarray:
     source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
     with Image.open(source) as image:
         try:
-            image = ImageOps.exif_transpose(image)
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies upright images too
+                image = ImageOps.exif_transpose(image)
         except Exception:  # damaged EXIF says nothing about the pixels (one such image is in ImageNet-1k)
             pass
         if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
