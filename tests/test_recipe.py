@@ -100,6 +100,12 @@ def test_our_errors_are_one_line_and_bugs_keep_their_traceback(recipe):
         exit_clearly(broken)
 
 
+def test_what_transformers_refuses_is_one_line_too(recipe):
+    path = recipe("eval_strategy: sometimes")
+    with pytest.raises(SystemExit, match="^error: sometimes is not a valid IntervalStrategy"):
+        exit_clearly(lambda: parse_recipe(KINDS, [path]))
+
+
 def test_a_refusal_ends_the_process_with_a_status(recipe):
     program = (
         "import sys; from hf_deit import *\n"

@@ -112,9 +112,12 @@ def parse_recipe(
     parser = HfArgumentParser(dataclass_types, usage="%(prog)s [recipe.yaml] [--key value ...]", allow_abbrev=False)
     if recipe is not None:
         parser.set_defaults(**_read_recipe(Path(recipe), known))
-    *instances, unknown = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True
-    )
+    try:
+        *instances, unknown = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+    except ValueError as error:  # what TrainingArguments itself refuses is the user's to mend as well
+        raise ValueError(str(error)) from error
     if unknown:
         raise ValueError(f"the command line has {unknown[0]!r}{_did_you_mean(unknown[0].lstrip('-'), known)}")
     return tuple(instances)
