@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         (ModelArguments, DataArguments, DistillationConfig), argv, RECIPES / "quickstart.yaml"
     )
     needs_teacher = training_args.distillation_type in ("hard", "soft")
-    if needs_teacher and model_args.teacher_recipe is not None and not Path(model_args.teacher).exists():
-        run_teacher.main([str(RECIPES / model_args.teacher_recipe), "--output_dir", model_args.teacher])
+    if needs_teacher and model_args.teacher is None and model_args.teacher_recipe is not None:
+        model_args.teacher = run_teacher.find_or_train(RECIPES / model_args.teacher_recipe, data_args)
     set_seed(training_args.seed)
 
     # 2. The images

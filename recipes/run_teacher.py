@@ -5,6 +5,8 @@ student ("a RegNetY-16GF that we trained with the same data and same data-augmen
 leaves in `output_dir` is what `teacher:` of run_distill.py takes. `--help` lists the keys.
 """
 
+from pathlib import Path
+
 from transformers import set_seed
 
 from hf_deit import (
@@ -21,13 +23,25 @@ from hf_deit import (
 )
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
-    # 1. What to do
-    model_args, data_args, training_args = parse_recipe((ClassifierArguments, DataArguments, DistillationConfig), argv)
-    training_args.distillation_type = "none"  # labels only: a teacher has no teacher
+KINDS = (ClassifierArguments, DataArguments, DistillationConfig)
+
+
+def find_or_train(recipe: Path, data_args: DataArguments) -> str:
+    """The recipe's output directory; if no finished run is there, the recipe is run first, on the student's data."""
+    model_args, _, training_args = parse_recipe(KINDS, [str(recipe)])
+    if not Path(training_args.output_dir, "all_results.json").exists():
+        train(model_args, data_args, training_args)
+    return training_args.output_dir
+
+
+def train(
+    model_args: ClassifierArguments, data_args: DataArguments, training_args: DistillationConfig
+) -> dict[str, float]:
+    """Train the classifier from labels alone."""
+    training_args.distillation_type = "none"
     set_seed(training_args.seed)
 
-    # 2. The images
+    # 1. The images
     images = load_image_dataset(**data_args.loading())
     train_views, eval_views = build_views(
         images, data_args.image_size, data_args.crop_ratio, **training_args.view_options()
@@ -35,7 +49,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     id2label = dict(enumerate(images["train"].features["label"].names))
     processor = build_image_processor(eval_views.transform)
 
-    # 3. The classifier
+    # 2. The classifier
     model = new_classifier(
         model_args.model_name_or_path,
         id2label=id2label,
@@ -45,11 +59,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model_args=model_args.model_args,
     )
 
-    # 4. Train, evaluate, save
+    # 3. Train, evaluate, save
     trainer = DistillationTrainer(
         model, training_args, train_dataset=train_views, eval_dataset=eval_views, processing_class=processor
     )
     return trainer.train_and_save()
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    return train(*parse_recipe(KINDS, argv))
 
 
 if __name__ == "__main__":

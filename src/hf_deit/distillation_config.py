@@ -100,6 +100,7 @@ class DistillationConfig(TrainingArguments):
     logging_steps: float = _option(50, "Steps between two lines of the log.")
     logging_nan_inf_filter: bool = _option(False, "A non-finite loss stops the run; it is never averaged away.")
     remove_unused_columns: bool = _option(False, "Views carry their seeds beside the model's inputs.")
+    ddp_find_unused_parameters: bool | None = _option(False, "Every parameter learns, so DDP need not search.")
     dataloader_num_workers: int = field(
         default_factory=_workers_per_process, metadata={"help": "Loader processes. Unset: the cores, at most 10."}
     )

@@ -62,7 +62,7 @@ class ModelArguments:
         None, "Directory, Hub id, timm:<name>[?checkpoint=path] or python:<module>:<factory>; several with commas."
     )
     teacher_recipe: str | None = _option(
-        None, "Recipe, beside run_teacher.py, that trains the teacher first if its directory does not exist."
+        None, "Where teacher is unset: recipe beside run_teacher.py that makes it, run first if its output is absent."
     )
 
     def config_overrides(self) -> dict:
