@@ -30,16 +30,12 @@ class RegisteredDataset:
 
     Attributes:
         hub_id: repository on the Hub, or None for a set that `build` makes offline.
-        image_column, label_column: as the Hub names them.
-        train_split, eval_split: as the Hub names them.
+        label_column: of a set with several kinds of labels; other columns are told from their types.
         build: makes the two splits without network.
     """
 
     hub_id: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    train_split: str = "train"
-    eval_split: str = "test"
+    label_column: str | None = None
     build: Callable[[], datasets.DatasetDict] | None = None
 
 
@@ -67,9 +63,9 @@ def _handwritten_digits() -> datasets.DatasetDict:
 REGISTRY = {
     "digits": RegisteredDataset(build=_handwritten_digits),
     "fashion-mnist": RegisteredDataset("zalando-datasets/fashion_mnist"),
-    "cifar10": RegisteredDataset("uoft-cs/cifar10", image_column="img"),
-    "cifar100": RegisteredDataset("uoft-cs/cifar100", image_column="img", label_column="fine_label"),
-    "imagenet-1k": RegisteredDataset("ILSVRC/imagenet-1k", eval_split="validation"),
+    "cifar10": RegisteredDataset("uoft-cs/cifar10"),
+    "cifar100": RegisteredDataset("uoft-cs/cifar100", label_column="fine_label"),
+    "imagenet-1k": RegisteredDataset("ILSVRC/imagenet-1k"),
 }
 
 # Names that mean "the held-out part", best first, where nobody said which split to evaluate on.
@@ -110,19 +106,12 @@ def load_image_dataset(
         splits = _load_directory(Path(name).expanduser())
     else:
         splits = _load_from_hub(name, entry)
-    known = name in REGISTRY
+    eval_split = eval_split or next((split for split in EVAL_SPLITS if split in splits), EVAL_SPLITS[0])
     chosen = {
-        "train": _choose_split(splits, train_split or (entry.train_split if known else "train"), "train_split", name),
-        "eval": _choose_split(
-            splits,
-            eval_split
-            or (entry.eval_split if known else next((s for s in EVAL_SPLITS if s in splits), EVAL_SPLITS[0])),
-            "eval_split",
-            name,
-        ),
+        "train": _choose_split(splits, train_split or "train", "train_split", name),
+        "eval": _choose_split(splits, eval_split, "eval_split", name),
     }
-    image_column = image_column or (entry.image_column if known and not entry.build else None)
-    label_column = label_column or (entry.label_column if known and not entry.build else None)
+    label_column = label_column or entry.label_column
     chosen = {split: _with_two_columns(rows, image_column, label_column, name) for split, rows in chosen.items()}
     if chosen["train"].features["label"].names != chosen["eval"].features["label"].names:
         raise ValueError(

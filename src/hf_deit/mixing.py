@@ -10,6 +10,7 @@ timm/data/mixup.py and timm/data/random_erasing.py for the conventions.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -29,8 +30,14 @@ def normalize(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float])
     """`(batch, 3, height, width)` uint8 in [0, 255] to float32 `(x / 255 - mean) / std`; floats pass unchanged."""
     if pixel_values.is_floating_point():
         return pixel_values
-    mean, std = (torch.tensor(values, device=pixel_values.device).view(3, 1, 1) for values in (mean, std))
-    return torch.addcmul(-mean / std, pixel_values, 1 / (255 * std))
+    shift, scale = _shift_and_scale(tuple(mean), tuple(std), pixel_values.device)
+    return torch.addcmul(shift, pixel_values, scale)
+
+
+@functools.cache  # a new tensor a batch would be a copy to the device, and a wait for it, in every step
+def _shift_and_scale(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+    return -mean / std, 1 / (255 * std)
 
 
 class Mixing:

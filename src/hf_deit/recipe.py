@@ -24,7 +24,7 @@ def _option(default, text: str):
 
 @dataclass
 class DataArguments:
-    """Which images. Nothing here changes how a model is trained on them."""
+    """Which images, and at what size."""
 
     dataset_name: str = _option("imagenet-1k", "Registry name, Hub id, or directory of images or parquet files.")
     image_column: str | None = _option(None, "Column of the images, where it cannot be told from the types.")
