@@ -14,8 +14,11 @@ from hf_deit import (
     DataArguments,
     DistillationConfig,
     DistillationTrainer,
+    EvalViews,
+    TrainViews,
+    build_eval_transform,
     build_image_processor,
-    build_views,
+    build_train_transform,
     exit_clearly,
     load_image_dataset,
     new_classifier,
@@ -43,11 +46,12 @@ def train(
 
     # 1. The images
     images = load_image_dataset(**data_args.loading())
-    train_views, eval_views = build_views(
-        images, data_args.image_size, data_args.crop_ratio, **training_args.view_options()
-    )
+    transform = build_train_transform(data_args.image_size, **training_args.transform_options())
+    train_views = TrainViews(images["train"], transform, training_args.view_seed)
+    transform = build_eval_transform(data_args.image_size, crop_ratio=data_args.crop_ratio)
+    eval_views = EvalViews(images["eval"], transform)
     id2label = dict(enumerate(images["train"].features["label"].names))
-    processor = build_image_processor(eval_views.transform)
+    processor = build_image_processor(transform)
 
     # 2. The classifier
     model = new_classifier(

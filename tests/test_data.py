@@ -17,7 +17,6 @@ from hf_deit import (
     build_eval_transform,
     build_image_processor,
     build_train_transform,
-    build_views,
     load_image_dataset,
 )
 from hf_deit import data as data_module
@@ -255,7 +254,7 @@ def test_a_batch_is_uint8_until_the_device(tiny_images):
 
 
 def test_evaluation_never_sees_an_augmentation(tiny_images):
-    _, views = build_views(tiny_images(), 16)
+    views = EvalViews(tiny_images()["eval"], build_eval_transform(16))
     first = [views[index]["pixel_values"] for index in range(len(views))]
     again = [views[index]["pixel_values"] for index in reversed(range(len(views)))][::-1]
     assert all((a == b).all() for a, b in zip(first, again, strict=True))

@@ -19,8 +19,11 @@ from hf_deit import (
     DeiTForImageClassificationWithTeacher,
     DistillationConfig,
     DistillationTrainer,
+    EvalViews,
+    TrainViews,
+    build_eval_transform,
     build_image_processor,
-    build_views,
+    build_train_transform,
     load_teacher,
     new_classifier,
 )
@@ -73,7 +76,8 @@ def trainer(images, output_dir, model=None, teacher="convnet", callbacks=None, *
         "disable_tqdm": True,
     } | fields
     args = DistillationConfig(**fields)
-    train_views, eval_views = build_views(images, 16, **args.view_options())
+    train_views = TrainViews(images["train"], build_train_transform(16, **args.transform_options()), args.view_seed)
+    eval_views = EvalViews(images["eval"], build_eval_transform(16))
     processor = build_image_processor(eval_views.transform)
     if teacher == "convnet":
         teacher = load_teacher(

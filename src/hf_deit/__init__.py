@@ -25,7 +25,6 @@ _MODULE_OF = {
     "EvalViews": "data",
     "TrainViews": "data",
     "build_image_processor": "data",
-    "build_views": "data",
     "load_image_dataset": "data",
     "build_eval_transform": "augmentation",
     "build_train_transform": "augmentation",

@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from transformers import DeiTImageProcessor
 
-from .augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, build_eval_transform, build_train_transform
+from .augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
 
 
 @dataclass(frozen=True)
@@ -272,41 +272,6 @@ class EvalViews(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         row = self.images[index]
         return {"pixel_values": self.transform(decode_image(row["image"])), "labels": row["label"]}
-
-
-def build_views(
-    images: Mapping[str, datasets.Dataset],
-    image_size: int = 224,
-    crop_ratio: float | None = None,
-    *,
-    auto_augment: str = "rand-m9-mstd0.5-inc1",
-    color_jitter: float = 0.3,
-    horizontal_flip: float = 0.5,
-    random_crop: str | None = None,
-    min_crop_scale: float = 0.08,
-    seed: int = 0,
-) -> tuple[TrainViews, EvalViews]:
-    """The training and the evaluation views of a set.
-
-    Args:
-        images: `{"train", "eval"}`, as [`load_image_dataset`] returns them.
-        image_size: side of the views, pixels.
-        crop_ratio: as for [`build_eval_transform`].
-        seed: of all training views.
-        others: the fields of [`DistillationConfig`] of that name.
-    """
-    train_transform = build_train_transform(
-        image_size,
-        auto_augment=None if auto_augment == "none" else auto_augment,
-        color_jitter=color_jitter,
-        crop=random_crop,
-        scale=(min_crop_scale, 1.0),
-        horizontal_flip=horizontal_flip,
-    )
-    return (
-        TrainViews(images["train"], train_transform, seed),
-        EvalViews(images["eval"], build_eval_transform(image_size, crop_ratio=crop_ratio)),
-    )
 
 
 def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:

@@ -158,10 +158,15 @@ class DistillationConfig(TrainingArguments):
                 f"{self.effective_batch_size}): the cosine would rise; lower min_lr or raise the learning rate"
             )
 
-    def view_options(self) -> dict:
-        """The keyword arguments of [`build_views`]."""
-        names = ("auto_augment", "color_jitter", "horizontal_flip", "random_crop", "min_crop_scale")
-        return {name: getattr(self, name) for name in names} | {"seed": self.view_seed}
+    def transform_options(self) -> dict:
+        """The keyword arguments of [`build_train_transform`]."""
+        return {
+            "auto_augment": None if self.auto_augment == "none" else self.auto_augment,
+            "color_jitter": self.color_jitter,
+            "horizontal_flip": self.horizontal_flip,
+            "crop": self.random_crop,
+            "scale": (self.min_crop_scale, 1.0),
+        }
 
     def mixing_options(self) -> dict:
         """The keyword arguments of [`Mixing`]."""
