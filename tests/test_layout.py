@@ -21,9 +21,9 @@ SCRIPTS = sorted([*ROOT.glob("recipes/**/*.py"), *ROOT.glob("benchmarks/**/*.py"
 LAYERS = (
     {
         *("configuration_deit", "losses", "mixing", "augmentation", "repeated_augmentation", "metrics", "teachers"),
-        *("recipe", "model_card", "plots", "throughput", "ema"),
+        *("recipe", "model_card", "plots", "throughput", "ema", "decoding"),
     },
-    {"modeling_deit", "checkpoint_conversion", "data", "analysis", "distillation_config"},
+    {"modeling_deit", "checkpoint_conversion", "data", "views", "analysis", "distillation_config"},
     {"distillation_trainer"},
 )
 # The one file through which each heavy dependency comes in. (Benchmarks compare with peers, tests with references.)

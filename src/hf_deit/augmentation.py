@@ -4,7 +4,7 @@ Every random choice of a view is drawn first (`TrainTransform.sample`) and carri
 (`TrainTransform.apply`), so choices can be inspected, measured, replayed, or handed to a decoder that needs the crop
 box before there are any pixels. Nothing here keeps state or touches a global generator.
 
-Not here: decoding (data.py); normalisation, random erasing, Mixup and CutMix, which happen per batch on the device
+Not here: decoding (decoding.py); normalisation, random erasing, Mixup and CutMix, which happen per batch on the device
 (mixing.py).
 
 Sources of the conventions: operations, magnitude ranges and policies follow timm/data/auto_augment.py, which the

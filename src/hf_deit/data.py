@@ -1,14 +1,11 @@
-"""From a dataset's name to batches of augmented views.
+"""From a dataset's name to its images: encoded bytes and labels, decoded by nobody yet.
 
 `load_image_dataset` finds the images (registry name, local directory or Hub id) and gives them two columns, `image`
-(encoded bytes) and `label`; `TrainViews` and `EvalViews` decode and augment them; `collate_views` makes the batch.
-Pixels stay uint8 until they are on the device (mixing.py). Only this file imports datasets.
+and `label`; views.py makes batches of them. Only this file imports datasets.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,12 +13,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
-from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
-from transformers import DeiTImageProcessor
-
-from .augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -196,105 +188,3 @@ def _with_two_columns(
     if not isinstance(rows.features["label"], datasets.ClassLabel):
         rows = rows.class_encode_column("label")
     return rows.cast_column("image", datasets.Image(decode=False))
-
-
-def decode_image(encoded: Mapping) -> np.ndarray:
-    """One image as RGB.
-
-    Args:
-        encoded: `{"bytes": bytes or None, "path": str or None}`, any format and mode Pillow reads: grey, palette,
-            CMYK, alpha (dropped), 16 bits (scaled down, not clipped).
-
-    Returns:
-        `(height, width, 3)` uint8, turned upright where the EXIF data says so, as Transformers' pipelines do.
-    """
-    source = io.BytesIO(encoded["bytes"]) if encoded["bytes"] is not None else encoded["path"]
-    with Image.open(source) as image:
-        try:
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # exif_transpose copies upright images too
-                image = ImageOps.exif_transpose(image)
-        except Exception:  # damaged EXIF says nothing about the pixels (one such image is in ImageNet-1k)
-            pass
-        if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
-            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-        elif image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        return np.asarray(image.convert("RGB"))
-
-
-class TrainViews(torch.utils.data.Dataset):
-    """Augmented views of a training set; index it with a [`View`] (a plain index is that view of epoch 0).
-
-    A view is a pure function of `(seed, epoch, position)`: the process, the worker and what came before don't matter.
-
-    Args:
-        images: with the columns `image` and `label`, as [`load_image_dataset`] returns them.
-        transform: from [`build_train_transform`]; called with the image and the view's random generator.
-        seed: of all views.
-    """
-
-    def __init__(self, images: datasets.Dataset, transform: Callable, seed: int = 0):
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, view: int) -> dict:
-        return self.__getitems__([view])[0]
-
-    def __getitems__(self, views: list[int]) -> list[dict]:
-        """The views of one batch; neighbours of the same image share its decoding."""
-        examples = []
-        for index, group in itertools.groupby(views, key=int):
-            row = self.images[index]
-            image = decode_image(row["image"])
-            for view in group:
-                rng = np.random.default_rng([self.seed, getattr(view, "epoch", 0), getattr(view, "position", index)])
-                view_seed = rng.integers(2**63)  # for what happens to the view on the device
-                examples.append(
-                    {"pixel_values": self.transform(image, rng), "labels": row["label"], "view_seeds": view_seed}
-                )
-        return examples
-
-
-class EvalViews(torch.utils.data.Dataset):
-    """The one view of each held-out image; `transform` is from [`build_eval_transform`], without augmentation."""
-
-    def __init__(self, images: datasets.Dataset, transform: Callable):
-        self.images = images
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict:
-        row = self.images[index]
-        return {"pixel_values": self.transform(decode_image(row["image"])), "labels": row["label"]}
-
-
-def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:
-    """The evaluation transform and ImageNet's mean and standard deviation, as the processor saved with a model.
-
-    Stock's class defaults (a 256 x 256 squash, mean and deviation 0.5) are not the paper's.
-    """
-    return DeiTImageProcessor(
-        size={"shortest_edge": int(transform.image_size / transform.crop_ratio)},
-        crop_size={"height": transform.image_size, "width": transform.image_size},
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
-    )
-
-
-def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray]:
-    """`pixel_values` `(batch, 3, height, width)` uint8 in channels-last memory, `labels` `(batch,)` int64, and for
-    training `view_seeds` `(batch,)` int64, a NumPy array because it is read on the host."""
-    pixels = torch.from_numpy(np.stack([example["pixel_values"] for example in examples]))
-    batch = {
-        "pixel_values": pixels.permute(0, 3, 1, 2),
-        "labels": torch.tensor([example["labels"] for example in examples]),
-    }
-    if "view_seeds" in examples[0]:
-        batch["view_seeds"] = np.array([example["view_seeds"] for example in examples])
-    return batch

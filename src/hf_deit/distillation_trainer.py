@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_parameter_names
 
-from .data import collate_views
 from .distillation_config import DistillationConfig
 from .ema import ExponentialMovingAverage
 from .losses import distillation_loss
@@ -25,6 +24,7 @@ from .metrics import TopKAccuracy, three_head_accuracy
 from .mixing import Mixing, normalize
 from .plots import plot_run
 from .repeated_augmentation import RepeatedAugmentationSampler
+from .views import collate_views
 
 
 # "No decay on biases, norms, class token and positions"; the authors do decay the distillation token

@@ -1,6 +1,6 @@
 """What happens to a batch on the device, in this order: normalise, random erasing, Mixup or CutMix.
 
-Every random number comes from the views' own seeds (see data.py): erasing from the view's, mixing from those of the
+Every random number comes from the views' own seeds (see views.py): erasing from the view's, mixing from those of the
 batch. So a batch looks the same after a resume and whatever else the process has drawn, and there is no state to save.
 Per-image augmentation is not here but in augmentation.py.
 
