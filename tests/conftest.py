@@ -85,3 +85,12 @@ def tiny_images():
         return datasets.DatasetDict({"train": split(train, 0), "eval": split(eval, 1)})
 
     return make
+
+
+@pytest.fixture
+def hub():
+    """A started `HubServer`: the Hub's API on this machine, for clients in processes with `env=hub.environment`."""
+    from hub_server import HubServer
+
+    with HubServer() as server:
+        yield server
