@@ -21,10 +21,13 @@ INSTALL = [
     "huggingface_hub",
     "matplotlib",
     "numpy",
+    "opencv-python-headless",  # albumentations' own
     "pillow>=11",
+    "pyarrow",
     "pyyaml",
     "safetensors",
     "scikit-learn",  # holds the quickstart's digits
+    "simplejpeg",
 ]
 TENSORBOARD = ["tensorboard"]
 DEV = [*TENSORBOARD, "parameterized", "pytest", "pytest-xdist", "ruff"]
