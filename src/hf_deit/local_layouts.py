@@ -1,0 +1,412 @@
+"""How image sets lie on disk: official layouts and folders of classes, read into plain lists.
+
+A reader lists files and labels; it opens no image and knows no library of data sets (data.py makes data sets of the
+lists). Names that begin with a dot are never images, folders or classes. Nothing is unpickled.
+
+Source: the data sets' own descriptions; for iNaturalist's classes `datasets.py` of github.com/facebookresearch/deit.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+)
+# What a folder or file of one split may be called.
+SPLIT_NAMES = ("train", "validation", "val", "valid", "dev", "test")
+# From coarse to fine; 2019 has no supercategory.
+CATEGORY_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+
+
+@dataclass(frozen=True)
+class LocalImages:
+    """One split.
+
+    Attributes:
+        images: absolute paths, or encoded bytes where the files hold bare pixels.
+        labels: class of each image; of ReaL a list of classes, which may be empty.
+        class_names: None where the files do not say (the registry does).
+    """
+
+    images: list[str] | list[bytes]
+    labels: list[int] | list[list[int]]
+    class_names: list[str] | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The official directory of one data set.
+
+    Attributes:
+        description: the layout in a few words, for messages.
+        splits: the official ones.
+        markers: a path inside the directory that tells the layout, any of them; none needs no directory at all.
+        read: `(root, split)` to the split; iNaturalist's takes `category_level` as well.
+    """
+
+    description: str
+    splits: tuple[str, ...]
+    markers: tuple[str, ...]
+    read: Callable[..., LocalImages]
+
+    def find(self, directory: Path) -> Path | None:
+        """The folder that holds the markers: `directory` or one just below it (as archives unpack), or None."""
+        below = (Path(entry.path) for entry in _visible(directory) if entry.is_dir())
+        for folder in (directory, *below):
+            if any((folder / marker).exists() for marker in self.markers):
+                return folder
+        return None
+
+
+# --- folders of classes ----------------------------------------------------------------------------------------------
+
+
+def find_image_folders(directory: Path) -> dict[str, Path]:
+    """`{split: folder}` of `<split>/<class>/<image>`; one split "train" where the classes stand in `directory` itself.
+
+    Split folders keep their names. A split without a folder per class is listed too, so that reading it says why not.
+    """
+    folders = {entry.name: Path(entry.path) for entry in _visible(directory) if entry.is_dir()}
+    splits = {name: folder for name, folder in folders.items() if name in SPLIT_NAMES and _has_image(folder)}
+    return splits or ({"train": directory} if any(_has_image(folder) for folder in folders.values()) else {})
+
+
+def read_image_folders(folder: Path, train_folder: Path | None = None) -> LocalImages:
+    """The images of `<folder>/<class>/...`, at any depth below the class, sorted by path.
+
+    Classes are the folders of `train_folder` (default: `folder`) that hold an image, in the order of
+    [`sort_classes`]: as torchvision has it, but numbers count as numbers ("10" comes after "2").
+
+    Raises:
+        ValueError: no folder per class, or a class that `train_folder` doesn't have.
+    """
+    names = _class_folders(train_folder or folder)
+    found = _class_folders(folder)
+    if not found:
+        raise ValueError(
+            f"{str(folder)!r} holds images but no folder per class; expected {folder.name}/<class>/<image>.jpg (for "
+            "ImageNet's flat validation folder see the layout of imagenet-1k)"
+        )
+    if unknown := [name for name in found if name not in set(names)]:
+        raise ValueError(
+            f"{str(folder)!r} has {len(unknown)} classes that {str(train_folder)!r} has no images of, such as "
+            f"{', '.join(unknown[:3])}; both need the same"
+        )
+    images, labels = [], []
+    for name in found:
+        paths = _image_paths(folder / name)
+        images += paths
+        labels += [names.index(name)] * len(paths)
+    return LocalImages(images, labels, names)
+
+
+def sort_classes(names: Iterable[str]) -> list[str]:
+    """In the order of the alphabet, or of the numbers where every name is one ("2" before "10")."""
+    names = list(names)
+    numbers = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name), name) if numbers else name)
+
+
+def find_shards(directory: Path, suffix: str, everywhere: bool = False) -> dict[str, list[str]]:
+    """`{split: files}` of a set cut into files, such as train-00000-of-00002.parquet, test/0000.parquet, val-03.tar.
+
+    Args:
+        suffix: ".parquet" or ".tar". A tar without a split's name is no shard: images are also sent around as tars.
+        everywhere: look into every folder below, not only into those just below `directory`.
+    """
+    shards: dict[str, list[str]] = {}
+    patterns = (f"**/*{suffix}",) if everywhere else (f"*{suffix}", f"*/*{suffix}")
+    for file in sorted(file for pattern in patterns for file in directory.glob(pattern)):
+        if any(part.startswith(".") for part in file.relative_to(directory).parts):
+            continue
+        words = re.split(r"[-_.]", file.stem)
+        split = next((word for word in (*map(str.lower, words), file.parent.name) if word in SPLIT_NAMES), None)
+        if split is None and suffix == ".tar":
+            continue
+        if split is None:
+            split = file.parent.name if words[0].isdigit() and file.parent != directory else words[0]
+        shards.setdefault(split, []).append(str(file))
+    return shards
+
+
+def _visible(folder: str | Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _walk_images(folder: str | Path) -> Iterable[str]:
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(parent, name) for name in files if _is_image(name))
+
+
+def _image_paths(folder: str | Path) -> list[str]:
+    return sorted(_walk_images(os.path.abspath(folder)))
+
+
+def _has_image(folder: str | Path) -> bool:
+    return next(iter(_walk_images(folder)), None) is not None
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sort_classes(entry.name for entry in _visible(folder) if entry.is_dir() and _has_image(entry.path))
+
+
+# --- ImageNet ----------------------------------------------------------------------------------------------------
+
+
+def _read_imagenet(root: Path, split: str) -> LocalImages:
+    """Classes are WordNet ids, sorted: the order of every ImageNet-1k checkpoint."""
+    devkit = root / "ILSVRC2012_devkit_t12" / "data"
+    mapping = root / "LOC_synset_mapping.txt"
+    if (root / "LOC_val_solution.csv").exists():
+        with open(root / "LOC_val_solution.csv", newline="") as file:
+            truth = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+        lines = mapping.read_text().splitlines() if mapping.exists() else truth.values()
+        names = sorted({line.split()[0] for line in lines if line.strip()})
+    else:
+        synsets = np.atleast_1d(_load_mat(_existing(devkit / "meta.mat"))["synsets"])
+        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if row["num_children"] == 0}
+        numbers = _existing(devkit / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
+        truth = {f"ILSVRC2012_val_{i:08d}": wnids[int(number)] for i, number in enumerate(numbers, 1)}
+        names = sorted(wnids.values())
+    number = {name: i for i, name in enumerate(names)}
+    paths = _image_paths(_existing(_imagenet_images(root) / ("train" if split == "train" else "val")))
+    labels = []
+    for path in paths:
+        folder, file = os.path.split(path)
+        wnid = os.path.basename(folder)
+        wnid = wnid if wnid in number else truth.get(os.path.splitext(file)[0])
+        if wnid not in number:
+            raise ValueError(f"{path!r}: neither its folder nor the list of labels says what it shows")
+        labels.append(number[wnid])
+    return LocalImages(paths, labels, names)
+
+
+def _read_imagenet_v2(root: Path, split: str) -> LocalImages:
+    """Folder i holds class i of ImageNet-1k; the files know neither WordNet ids nor names."""
+    folders = sort_classes(entry.name for entry in _visible(root) if entry.is_dir() and entry.name.isdecimal())
+    paths = {name: _image_paths(root / name) for name in folders}
+    labels = [int(name) for name in folders for _ in paths[name]]
+    return LocalImages([path for name in folders for path in paths[name]], labels, None)
+
+
+def _read_imagenet_real(root: Path, split: str) -> LocalImages:
+    """ImageNet's validation images by number, with the reassessed labels; 3,163 of the 50,000 have none."""
+    labels = json.loads((root / "real.json").read_text())
+    folder = _imagenet_images(root)
+    folder = folder / "val" if (folder / "val").is_dir() else folder
+    paths = sorted((path for path in _image_paths(folder) if "_val_" in os.path.basename(path)), key=_imagenet_number)
+    if not paths or _imagenet_number(paths[-1]) > len(labels):
+        raise ValueError(
+            f"{str(folder)!r} holds {len(paths)} images named ILSVRC2012_val_<number>.JPEG, real.json {len(labels)} "
+            "lists of labels; expected ImageNet's validation images, one list each"
+        )
+    return LocalImages(paths, [labels[_imagenet_number(path) - 1] for path in paths], None)
+
+
+def _imagenet_images(root: Path) -> Path:
+    kaggle = root / "ILSVRC" / "Data" / "CLS-LOC"
+    return kaggle if kaggle.is_dir() else root
+
+
+def _imagenet_number(path: str) -> int:
+    """12 of .../ILSVRC2012_val_00000012.JPEG, which may carry its class behind (..._n01440764.JPEG)."""
+    return int(re.search(r"_val_(\d+)", os.path.basename(path))[1])
+
+
+# --- the transfer sets -------------------------------------------------------------------------------------------
+
+
+def _read_flowers102(root: Path, split: str) -> LocalImages:
+    part = {"train": "trnid", "validation": "valid", "test": "tstid"}[split]
+    numbers = np.atleast_1d(_load_mat(_existing(root / "setid.mat"))[part])
+    labels = np.atleast_1d(_load_mat(_existing(root / "imagelabels.mat"))["labels"]).astype(int)
+    paths = [os.path.abspath(root / "jpg" / f"image_{number:05d}.jpg") for number in numbers]
+    return LocalImages(_check_first(paths), [int(labels[number - 1]) - 1 for number in numbers], None)
+
+
+def _read_cars(root: Path, split: str) -> LocalImages:
+    file = {"train": "cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}[split]
+    rows = np.atleast_1d(_load_mat(_existing(root / "devkit" / file, root / file))["annotations"])
+    names = _load_mat(_existing(root / "devkit" / "cars_meta.mat", root / "cars_meta.mat"))["class_names"]
+    paths = [os.path.abspath(root / f"cars_{split}" / str(row["fname"])) for row in rows]
+    labels = [int(row["class"]) - 1 for row in rows]
+    return LocalImages(_check_first(paths), labels, [str(name) for name in np.atleast_1d(names)])
+
+
+def _read_inaturalist(year: int, root: Path, split: str, category_level: str = "name") -> LocalImages:
+    """Classes count up in the order in which the training annotations mention them, as in the authors' code."""
+    train, held_out = (_existing(root / f"{part}{year}.json") for part in ("train", "val"))
+    categories = {entry["id"]: entry for entry in json.loads(_existing(root / "categories.json").read_text())}
+    known = [level for level in CATEGORY_LEVELS if all(level in entry for entry in categories.values())]
+    if category_level not in known:
+        raise ValueError(
+            f"category_level is {category_level!r}; categories.json of {year} has {', '.join(known)}"
+            + ("" if category_level in CATEGORY_LEVELS else f" (of {', '.join(CATEGORY_LEVELS)})")
+        )
+    listing = json.loads(train.read_text())
+    names = list(dict.fromkeys(categories[row["category_id"]][category_level] for row in listing["annotations"]))
+    if split != "train":
+        listing = json.loads(held_out.read_text())
+    number = {name: i for i, name in enumerate(names)}
+    of_image = {row["image_id"]: row["category_id"] for row in listing["annotations"]}
+    files = [row["file_name"] for row in listing["images"]]
+    if files and not (root / files[0]).exists():  # the authors keep <category>/ without <super category>/ above it
+        files = [re.sub(r"^([^/]+)/[^/]+/", r"\1/", file) for file in files]
+    paths = [os.path.join(os.path.abspath(root), file) for file in files]
+    labels = [number[categories[of_image[row["id"]]][category_level]] for row in listing["images"]]
+    return LocalImages(_check_first(paths), labels, names)
+
+
+def _read_cifar(classes: int, root: Path, split: str) -> LocalImages:
+    if (root / "batches.meta").exists() or (root / "meta").exists():
+        raise ValueError(
+            f"{str(root)!r} is CIFAR's Python version, a pickle, which could run foreign code and is never opened; "
+            f"get the binary version, cifar-{classes}-binary.tar.gz, from https://www.cs.toronto.edu/~kriz/cifar.html"
+        )
+    if classes == 10:
+        files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    else:
+        files = [f"{split}.bin"]
+    label_bytes = 1 if classes == 10 else 2  # CIFAR-100 has the coarse label first
+    images, labels = [], []
+    for file in files:
+        file = _existing(root / file)
+        content = np.fromfile(file, np.uint8)
+        if len(content) % (label_bytes + 3072):
+            raise ValueError(f"{str(file)!r} has {len(content)} bytes, no multiple of {label_bytes + 3072}: truncated")
+        rows = content.reshape(-1, label_bytes + 3072)
+        labels += rows[:, label_bytes - 1].tolist()
+        pixels = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        images += map(_encode, np.ascontiguousarray(pixels))
+    names = _existing(root / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt")).read_text().split()
+    return LocalImages(images, labels, names)
+
+
+def _read_fashion_mnist(root: Path, split: str) -> LocalImages:
+    prefix = {"train": "train", "test": "t10k"}[split]
+    images, labels = (_read_idx(root, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    return LocalImages([_encode(image) for image in images], labels.tolist(), None)
+
+
+def _read_idx(root: Path, name: str) -> np.ndarray:
+    file = _existing(root / name, root / f"{name}.gz")
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    dimensions = content[3] if content[:3] == b"\0\0\x08" else 0  # two zeros, the type (8: uint8), the dimensions
+    shape = np.frombuffer(content, ">i4", dimensions, offset=4) if dimensions else ()
+    if not dimensions or len(content) != 4 + 4 * dimensions + np.prod(shape):
+        raise ValueError(f"{str(file)!r} is no whole idx file of bytes")
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def _read_digits(root: Path | None, split: str) -> LocalImages:
+    """scikit-learn's 1,797 digits, 8x8 grey, one fifth of each class held out; the split is ours."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    train, held_out = train_test_split(np.arange(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)
+    rows = train if split == "train" else held_out
+    return LocalImages([_encode(image) for image in pixels[rows]], digits.target[rows].tolist(), None)
+
+
+def _encode(pixels: np.ndarray) -> bytes:
+    """As BMP: lossless, and several times faster than PNG to write and to read."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
+def _load_mat(file: Path) -> dict:
+    from scipy.io import loadmat  # comes with scikit-learn
+
+    return loadmat(file, squeeze_me=True)
+
+
+def _existing(*candidates: Path) -> Path:
+    for path in candidates:
+        if path.exists():
+            return path
+    raise ValueError(f"{' or '.join(repr(str(path)) for path in candidates)} is missing; the set is not complete")
+
+
+def _check_first(paths: list[str]) -> list[str]:
+    if paths:  # one look, not one for each of half a million
+        _existing(Path(paths[0]))
+    return paths
+
+
+IMAGENET = Layout(
+    "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or a flat val/ with LOC_val_solution.csv or ILSVRC2012_devkit_t12/ "
+    "beside it, or Kaggle's ILSVRC/Data/CLS-LOC/",
+    ("train", "validation"),
+    ("LOC_val_solution.csv", "ILSVRC2012_devkit_t12"),
+    _read_imagenet,
+)
+IMAGENET_V2 = Layout("the folders 0 to 999 of imagenetv2-matched-frequency", ("test",), ("0",), _read_imagenet_v2)
+IMAGENET_REAL = Layout(
+    "real.json beside ImageNet's val/ (flat or with class folders)",
+    ("validation",),
+    ("real.json",),
+    _read_imagenet_real,
+)
+FLOWERS102 = Layout(
+    "jpg/image_00001.jpg ..., imagelabels.mat and setid.mat",
+    ("train", "validation", "test"),
+    ("setid.mat",),
+    _read_flowers102,
+)
+CARS = Layout(
+    "cars_train/, cars_test/, devkit/ and cars_test_annos_withlabels.mat",
+    ("train", "test"),
+    ("devkit/cars_meta.mat", "cars_meta.mat"),
+    _read_cars,
+)
+INATURALIST_2018, INATURALIST_2019 = (
+    Layout(
+        f"train_val{year}/, train{year}.json, val{year}.json and categories.json",
+        ("train", "validation"),
+        (f"train{year}.json",),
+        partial(_read_inaturalist, year),
+    )
+    for year in (2018, 2019)
+)
+CIFAR10 = Layout(
+    "cifar-10-batches-bin/: data_batch_1.bin ..., test_batch.bin and batches.meta.txt",
+    ("train", "test"),
+    ("data_batch_1.bin", "test_batch.bin", "batches.meta"),
+    partial(_read_cifar, 10),
+)
+CIFAR100 = Layout(
+    "cifar-100-binary/: train.bin, test.bin and fine_label_names.txt",
+    ("train", "test"),
+    ("fine_label_names.txt", "meta"),
+    partial(_read_cifar, 100),
+)
+FASHION_MNIST = Layout(
+    "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz and the two of t10k, unpacked or not",
+    ("train", "test"),
+    ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte", "t10k-images-idx3-ubyte.gz"),
+    _read_fashion_mnist,
+)
+DIGITS = Layout("scikit-learn's own copy", ("train", "test"), (), _read_digits)
