@@ -80,6 +80,7 @@ def test_every_field_of_ours_says_what_it_is():
         ({"distillation_temperature": 0}, "distillation_temperature is 0"),
         ({"label_smoothing_factor": 1.0}, "label_smoothing_factor is 1.0"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"max_bad_images": 1.5}, "max_bad_images is 1.5"),
         ({"num_train_epochs": 5}, "warmup_epochs is 5 of num_train_epochs 5"),
     ],
 )

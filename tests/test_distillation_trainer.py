@@ -2,13 +2,16 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, default_data_collator
@@ -398,3 +401,109 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(tiny_images, t
         run.train()
     saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert all(value.isfinite().all() for value in saved.values())
+
+
+# Damaged images
+
+
+def odd_files(folder):
+    """Twelve and more kinds of files; the damaged ones with the reason that must be given, the others with None."""
+    folder.mkdir()
+    y, x = np.mgrid[:40, :56]
+    colour = Image.fromarray(np.stack([x * 4, y * 6, 200 - x - y], axis=-1).astype(np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    palette = colour.quantize(32)
+    deep = Image.fromarray((x * 1000).astype(np.uint16))
+    pictures = {
+        "cmyk.jpg": (colour.convert("CMYK"), {}),
+        "grey.jpg": (colour.convert("L"), {}),
+        "progressive.jpg": (colour, {"progressive": True}),
+        "broken_exif.jpg": (colour, {"exif": b"Exif\0\0no TIFF header"}),
+        "turned.jpg": (colour, {"exif": turned}),
+        "palette_with_transparency.png": (palette, {"transparency": 3}),
+        "sixteen_bits.png": (deep, {}),
+        "animated.gif": (colour, {"save_all": True, "append_images": [colour.rotate(90)]}),
+        "one_pixel.png": (colour.crop((0, 0, 1, 1)), {}),
+        "ribbon.jpg": (colour.resize((900, 1)), {}),
+        "picture.webp": (colour, {}),
+    }
+    for name, (image, options) in pictures.items():
+        image.save(folder / name, **options)
+    jpeg = (folder / "progressive.jpg").read_bytes()
+    png = bytearray((folder / "sixteen_bits.png").read_bytes())
+    png[png.index(b"IDAT") + 30] ^= 0xFF
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(bytes(99)), b"IEND"]
+    damaged = {
+        "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "zero_bytes.jpg": (b"", "empty: 0 bytes"),
+        "text.jpg": (b"<html>Not Found</html>", "no image that Pillow can identify"),
+        "bomb.png": (
+            b"\x89PNG\r\n\x1a\n"
+            + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks),
+            "900000000 pixels",
+        ),
+        "corrupt_chunk.png": (bytes(png), "broken data stream"),
+    }
+    for name, (data, _) in damaged.items():
+        (folder / name).write_bytes(data)
+    reasons = dict.fromkeys(pictures) | {name: reason for name, (_, reason) in damaged.items()}
+    return reasons | {"missing.jpg": "No such file"}
+
+
+def file_rows(paths):
+    return [{"image": {"bytes": None, "path": str(path)}, "label": number % 3} for number, path in enumerate(paths)]
+
+
+def test_damaged_and_odd_files_train_to_the_end_and_are_accounted_for(tiny_images, tmp_path):
+    reasons = odd_files(tmp_path / "images")
+    images = {"train": file_rows(tmp_path / "images" / name for name in reasons), "eval": tiny_images()["eval"]}
+    assert len(reasons) == 17
+    images["train"] += images["train"][:7]  # whole ones, for three batches of eight
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "bad_images.txt").write_text("index\tpath\treason\n3\tof another run\tx\n")
+    run = trainer(
+        images,
+        tmp_path / "run",
+        num_repeats=1,
+        random_crop="random_resized",
+        max_bad_images=0.3,
+        dataloader_num_workers=2,
+        num_train_epochs=2,
+    )
+    run.train_and_save()
+    assert run.state.global_step == 6
+    listed = [line.split("\t") for line in (tmp_path / "run" / "bad_images.txt").read_text().splitlines()[1:]]
+    expected = {str(tmp_path / "images" / name): reason for name, reason in reasons.items() if reason is not None}
+    assert len(listed) == len(expected) == 6  # in two epochs every image was met twice, so the others were used
+    for index, path, reason in listed:
+        assert images["train"][int(index)]["image"]["path"] == path and expected[path] in reason
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["bad_images"] == 6
+
+
+def test_too_many_damaged_images_stop_the_run(tiny_images, tmp_path):
+    images = {"train": list(tiny_images()["train"]), "eval": tiny_images()["eval"]}
+    images["train"][5] = file_rows(["/nowhere/5.jpg"])[0]
+    run = trainer(images, tmp_path, num_repeats=1)
+    with pytest.raises(
+        ValueError, match=r"1 of 48 training images are damaged .*max_bad_images = 0.001.*bad_images.txt"
+    ):
+        run.train()
+    assert "5\t/nowhere/5.jpg\tcannot be read" in (tmp_path / "bad_images.txt").read_text()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_set_of_damaged_files_stops_with_the_error(tiny_images, tmp_path, num_workers):
+    names = [name for name, reason in odd_files(tmp_path / "images").items() if reason is not None]
+    images = {"train": file_rows(tmp_path / "images" / name for name in 2 * names), "eval": tiny_images()["eval"]}
+    run = trainer(images, tmp_path, dataloader_num_workers=num_workers, max_bad_images=1)
+    with pytest.raises(ValueError, match="12 training images in a row are damaged"):
+        run.train()
+
+
+def test_evaluation_with_a_damaged_image_stops_and_names_it(tiny_images, tmp_path):
+    images = {"train": tiny_images()["train"], "eval": list(tiny_images()["eval"])}
+    images["eval"][11] = file_rows(["/nowhere/11.jpg"])[0]
+    with pytest.raises(ValueError, match=r"evaluation image number 11 \(path /nowhere/11.jpg\) is damaged: cannot be"):
+        trainer(images, tmp_path, max_bad_images=1).evaluate()

@@ -21,10 +21,11 @@ SCRIPTS = sorted([*ROOT.glob("recipes/**/*.py"), *ROOT.glob("benchmarks/**/*.py"
 LAYERS = (
     {
         *("configuration_deit", "losses", "mixing", "augmentation", "repeated_augmentation", "metrics", "teachers"),
-        *("recipe", "model_card", "plots", "throughput", "ema", "decoding"),
+        *("recipe", "model_card", "plots", "throughput", "ema", "decoding", "bad_images"),
+        *("local_layouts", "streaming"),
     },
-    {"modeling_deit", "checkpoint_conversion", "data", "views", "analysis", "distillation_config"},
-    {"distillation_trainer"},
+    {"modeling_deit", "checkpoint_conversion", "dataset_registry", "views", "analysis", "distillation_config"},
+    {"data", "distillation_trainer"},
 )
 # The one file through which each heavy dependency comes in. (Benchmarks compare with peers, tests with references.)
 DOORS = {
@@ -35,7 +36,7 @@ DOORS = {
     "matplotlib": "plots",
 }
 # Tests of the repository rather than of one module.
-REPOSITORY_TESTS = {"transformers_common", "recipes", "model_cards", "layout", "docs"}
+REPOSITORY_TESTS = {"transformers_common", "recipes", "model_cards", "layout", "docs", "hub_server"}
 
 
 def imports(path: Path) -> set[str]:

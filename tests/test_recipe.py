@@ -1,11 +1,22 @@
 """recipe.py: YAML and command line meet, and what is refused."""
 
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
-from hf_deit import DataArguments, DistillationConfig, ModelArguments, exit_clearly, parse_recipe
+from hf_deit import (
+    DataArguments,
+    DistillationConfig,
+    ModelArguments,
+    TrainViews,
+    build_train_transform,
+    exit_clearly,
+    parse_recipe,
+)
 
 
 KINDS = (ModelArguments, DataArguments, DistillationConfig)
@@ -113,3 +124,25 @@ def test_a_refusal_ends_the_process_with_a_status(recipe):
     )
     done = subprocess.run([sys.executable, "-c", program, recipe("xyzzy: 1")], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "xyzzy" in done.stderr
+
+
+class DamagedSet(torch.utils.data.Dataset):
+    """Views that only fail: in hf_deit, or in what it calls."""
+
+    def __init__(self, fails_in_hf_deit):
+        rows = [{"image": {"bytes": b"", "path": f"{index}.jpg"}, "label": 0} for index in range(4)]
+        self.views = TrainViews(rows, build_train_transform(16)) if fails_in_hf_deit else None
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.views[index] if self.views else int("no number")
+
+
+def test_a_refusal_in_a_loaders_worker_is_one_line_too():
+    with pytest.raises(SystemExit) as refusal:
+        exit_clearly(lambda: list(DataLoader(DamagedSet(True), num_workers=1)))
+    assert re.fullmatch(r"error: 4 training images in a row are damaged, [^\n]*", str(refusal.value.code))
+    with pytest.raises(ValueError, match="(?s)Original Traceback.*invalid literal"):
+        exit_clearly(lambda: list(DataLoader(DamagedSet(False), num_workers=1)))

@@ -69,3 +69,84 @@ def test_bad_arguments_are_refused():
         RepeatedAugmentationSampler(0)
     with pytest.raises(ValueError, match="num_repeats is 0; use 3"):
         RepeatedAugmentationSampler(10, num_repeats=0)
+
+
+# Blockwise
+
+
+def readers(sampler, num_ranks, num_workers, accumulation_steps=1):
+    """(rank, worker) of every view, as accelerate deals out whole batches and DataLoader takes its workers in turn."""
+    size = sampler.batch_size // num_ranks // accumulation_steps
+    return [(place // size % num_ranks, place // size // num_ranks % num_workers) for place in range(len(sampler))]
+
+
+BLOCKS = [100] * 199 + [37]
+
+
+@pytest.mark.parametrize("num_repeats", [1, 3])
+def test_blockwise_epochs_hold_every_image_as_often_as_shuffled_ones(num_repeats):
+    sampler = RepeatedAugmentationSampler(sum(BLOCKS), num_repeats, batch_size=256, block_sizes=BLOCKS)
+    counts = Counter(map(int, sampler))
+    lanes = sampler.slices * sampler.turns
+    assert lanes == 32 and sum(counts.values()) == len(sampler) == 19_937 // 256 * 256
+    assert max(counts.values()) == num_repeats
+    assert sum(count < num_repeats for count in counts.values()) <= lanes  # the last image of a lane
+    if num_repeats == 1:
+        assert len(counts) == len(sampler)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_workers", "accumulation_steps"), [(1, 1, 1), (1, 8, 1), (4, 4, 1), (2, 2, 2)]
+)
+def test_a_block_is_read_by_one_worker_of_one_rank(num_ranks, num_workers, accumulation_steps):
+    sampler = RepeatedAugmentationSampler(sum(BLOCKS), 3, batch_size=256, block_sizes=BLOCKS)
+    assert sampler.readers_of_a_block(num_ranks, num_workers, accumulation_steps) == 1
+    block_of = [block for block, size in enumerate(BLOCKS) for _ in range(size)]
+    who = readers(sampler, num_ranks, num_workers, accumulation_steps)
+    reads = {(reader, block_of[view]) for reader, view in zip(who, sampler, strict=True)}
+    blocks = {block for _, block in reads}
+    assert len(reads) <= len(blocks) + sampler.slices * sampler.turns  # where a lane ends inside a block
+    assert len(blocks) <= len(BLOCKS) / 3 + 2  # and two thirds of them are left to other epochs
+
+
+@pytest.mark.parametrize(("num_ranks", "num_workers"), [(1, 10), (1, 6), (8, 1), (8, 8), (3, 5)])
+def test_how_many_read_a_block_is_told_rightly(num_ranks, num_workers):
+    sampler = RepeatedAugmentationSampler(48_000, 3, batch_size=384, block_sizes=[400] * 120)
+    block_of = [index // 400 for index in range(48_000)]
+    reads = {
+        (reader, block_of[view])
+        for reader, view in zip(readers(sampler, num_ranks, num_workers), sampler, strict=True)
+    }
+    blocks, lanes = len({block for _, block in reads}), sampler.slices * sampler.turns
+    told = sampler.readers_of_a_block(num_ranks, num_workers)
+    assert told * blocks <= len(reads) <= told * (blocks + lanes)
+
+
+def test_blockwise_order_mixes_and_changes_with_the_epoch():
+    sampler = RepeatedAugmentationSampler(sum(BLOCKS), 1, seed=1, batch_size=256, block_sizes=BLOCKS)
+    first = list(map(int, sampler))
+    batch = first[:256]
+    assert len({index // 100 for index in batch}) >= 4 * sampler.slices / 4  # from many places at a time
+    assert sum(b == a + 1 for a, b in zip(first, first[1:], strict=False)) < len(first) / 50
+    sampler.set_epoch(1)
+    assert list(map(int, sampler)) != first
+
+
+def test_an_order_without_shuffling_is_the_stored_one():
+    for blocks in (None, [5, 4, 3]):
+        sampler = RepeatedAugmentationSampler(12, 2, batch_size=4, block_sizes=blocks, shuffle_buffer_size=0)
+        assert list(map(int, sampler)) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+@pytest.mark.parametrize("blocks", [[8], [5, 3], [1] * 8, [3, 1, 4]])
+@pytest.mark.parametrize("num_repeats", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_small_sets_of_uneven_blocks_make_whole_epochs(blocks, num_repeats, batch_size):
+    sampler = RepeatedAugmentationSampler(8, num_repeats, batch_size=batch_size, block_sizes=blocks)
+    counts = Counter(map(int, sampler))
+    assert sum(counts.values()) == 8 and set(counts) <= set(range(8)) and max(counts.values()) <= num_repeats
+
+
+def test_blocks_that_do_not_add_up_are_refused():
+    with pytest.raises(ValueError, match="the blocks hold 7 images and the set 8"):
+        RepeatedAugmentationSampler(8, block_sizes=[4, 3])

@@ -1,5 +1,8 @@
 """views.py: views depend on nothing but their place in the run."""
 
+import io
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +20,7 @@ from hf_deit import (
 )
 from hf_deit import views as views_module
 from hf_deit.decoding import decode_image
+from hf_deit.repeated_augmentation import View
 from hf_deit.views import collate_views
 
 
@@ -49,6 +53,18 @@ def test_epochs_and_seeds_change_every_view(tiny_images):
         assert (first == pixels(other)).flatten(1).all(dim=1).sum() == 0
 
 
+def test_a_view_has_its_seed_from_seed_epoch_and_position(tiny_images):
+    images, transform = tiny_images()["train"], build_train_transform(16)
+    places = [(seed, epoch, position) for seed in (0, 1) for epoch in (0, 1) for position in (0, 1)]
+
+    def view(seed, epoch, position, index=3):
+        return TrainViews(images, transform, seed)[View(index, epoch, position)]["view_seeds"]
+
+    assert len({view(*place) for place in places}) == 8
+    assert [view(*place) for place in places] == [view(*place, index=4) for place in places]
+    assert all(0 <= view(*place) < 2**63 for place in places)
+
+
 def test_repeats_of_an_image_are_different_views(tiny_images):
     views = pixels(loader(tiny_images(), batch_size=3))
     for start in range(0, len(views), 3):
@@ -57,7 +73,7 @@ def test_repeats_of_an_image_are_different_views(tiny_images):
 
 def test_an_image_is_decoded_once_for_its_repeats(tiny_images, monkeypatch):
     decoded = []
-    monkeypatch.setattr(views_module, "decode_image", lambda row: decoded.append(row) or decode_image(row))
+    monkeypatch.setattr(views_module, "decode_image", lambda *image: decoded.append(image) or decode_image(*image))
     views = sum(len(batch["labels"]) for batch in loader(tiny_images(), batch_size=12))
     assert (views, len(decoded)) == (48, 16)
 
@@ -67,6 +83,118 @@ def test_a_batch_is_uint8_until_the_device(tiny_images):
     assert batch["pixel_values"].dtype == torch.uint8 and batch["pixel_values"].shape == (8, 3, 16, 16)
     assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
     assert batch["labels"].dtype == torch.int64 and batch["view_seeds"].shape == (8,)
+
+
+def test_a_worker_writes_the_batch_into_shared_memory(tiny_images):
+    """Written elsewhere, it would be copied there."""
+    views = TrainViews(tiny_images()["train"], build_train_transform(16))
+    collated = DataLoader(views, batch_size=8, num_workers=1, collate_fn=SharedBefore())
+    assert all(shared for shared in collated)
+
+
+class SharedBefore:
+    """Whether the collated pixels are in shared memory before they are sent."""
+
+    def __call__(self, examples):
+        return collate_views(examples)["pixel_values"].is_shared()
+
+
+def test_a_negative_seed_is_refused(tiny_images):
+    with pytest.raises(ValueError, match="seed of the views is -1"):
+        TrainViews(tiny_images()["train"], build_train_transform(16), seed=-1)
+
+
+# Scale
+
+
+def jpeg_rows(count, side=400):
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((side, side))
+        file = io.BytesIO()
+        coarse.save(file, "JPEG", quality=95)
+        rows.append({"image": {"bytes": file.getvalue(), "path": f"{number}.jpg"}, "label": number})
+    return rows
+
+
+def test_a_large_image_is_decoded_smaller_without_visible_change(monkeypatch):
+    rows = jpeg_rows(12)
+    transform = build_train_transform(32, crop="random_resized", scale=(0.08, 1), auto_augment=None)
+    assert transform.reduction(400, 400) == 2  # the smallest crop has a side of 98
+    shapes = []
+
+    def watched(*image):
+        shapes.append(decode_image(*image).shape)
+        return decode_image(*image)
+
+    monkeypatch.setattr(views_module, "decode_image", watched)
+    batch = [View(index, 0, 3 * index + repeat) for index in range(12) for repeat in range(3)]
+    quick = TrainViews(rows, transform).__getitems__(batch)
+    assert set(shapes) == {(200, 200, 3)}
+    for example, view in zip(quick, batch, strict=True):
+        # the same choices, carried out on the picture in full size
+        rng = random.Random(int(view.position))
+        rng.getrandbits(63)
+        choices = transform.sample(200, 200, rng)
+        box = choices.box._replace(**{side: 2 * length for side, length in choices.box._asdict().items()})
+        whole = transform.apply(decode_image(rows[view]["image"]), choices._replace(box=box))
+        assert np.abs(example["pixel_values"].astype(int) - whole).mean() < 1.5
+
+
+# Damage
+
+
+def with_damage(rows, *damaged):
+    rows = [{"image": dict(row["image"]), "label": row["label"]} for row in rows]
+    for index in damaged:
+        rows[index]["image"] = {"bytes": b"no image", "path": f"{index}.jpg"}
+    return rows
+
+
+def test_a_damaged_image_is_replaced_by_the_next_whole_one(tiny_images):
+    rows = with_damage(tiny_images(train=6)["train"], 1, 2, 5)
+    views = TrainViews(rows, build_train_transform(16), seed=3)
+    batch = [View(index, 4, position) for position, index in enumerate([1, 1, 0, 5])]
+    examples = views.__getitems__(batch)
+    stand_ins = TrainViews(rows, build_train_transform(16), seed=3).__getitems__(
+        [View(index, 4, position) for position, index in enumerate([3, 3, 0, 0])]
+    )
+    for ours, expected in zip(examples, stand_ins, strict=True):
+        np.testing.assert_array_equal(ours["pixel_values"], expected["pixel_values"])
+        assert (ours["labels"], ours["view_seeds"]) == (expected["labels"], expected["view_seeds"])
+    reason = "no image that Pillow can identify"
+    assert collate_views(examples)["bad_images"] == [(index, f"{index}.jpg", reason) for index in (1, 2, 5)]
+    assert "bad_images" not in collate_views(views.__getitems__([View(0, 4, 2)]))
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_replacements_do_not_depend_on_the_workers(tiny_images, num_workers):
+    images = {"train": with_damage(tiny_images()["train"], 0, 7, 8, 9, 30, 47)}
+    alone, shared = list(loader(images)), list(loader(images, num_workers))
+    assert torch.equal(pixels(alone), pixels(shared))
+    for a, b in zip(alone, shared, strict=True):
+        assert torch.equal(a["labels"], b["labels"]) and a.get("bad_images") == b.get("bad_images")
+    assert any("bad_images" in batch for batch in alone)
+
+
+@pytest.mark.parametrize("count, tried", [(5, 5), (150, 100)])
+def test_a_set_of_damaged_images_is_an_error(count, tried):
+    rows = [{"image": {"bytes": b"", "path": f"{index}.jpg"}, "label": 0} for index in range(count)]
+    views = TrainViews(rows, build_train_transform(16))
+    last = (2 + tried - 1) % count
+    message = rf"{tried} training images in a row .* number 2 to number {last} \(path {last}.jpg: empty: 0 bytes\)"
+    with pytest.raises(ValueError, match=message):
+        views[2]
+
+
+def test_evaluation_names_the_damaged_image(tiny_images):
+    views = EvalViews(with_damage(tiny_images()["eval"], 3), build_eval_transform(16))
+    with pytest.raises(ValueError, match=r"number 3 \(path 3.jpg\) is damaged: no image .* replace the file"):
+        [views[index] for index in range(5)]
+
+
+# Evaluation
 
 
 def test_evaluation_never_sees_an_augmentation(tiny_images):

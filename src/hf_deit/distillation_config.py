@@ -68,6 +68,14 @@ class DistillationConfig(TrainingArguments):
         "'random_resized', or 'padded': shifted by up to 4 pixels. Unset: padded up to 32 pixels, as the authors.",
     )
     min_crop_scale: float = _option(0.08, "Smallest share of the image that a random_resized crop keeps, in (0, 1].")
+    shuffle_buffer_size: int = _option(
+        16_384,
+        "Streaming: encoded images of all processes that are mixed at a time. 0: no shuffling, the stored order.",
+    )
+
+    max_bad_images: float = _option(
+        0.001, "Share of the training images, in [0, 1], that may be damaged before the run stops; 0 allows none."
+    )
 
     # Regularisation of the batch, on the device
     random_erasing_prob: float = _option(0.25, "Probability that a view loses a rectangle to noise.")
@@ -135,6 +143,8 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(f"distillation_temperature is {self.distillation_temperature}; it must be above 0")
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"label_smoothing_factor is {self.label_smoothing_factor}; it lies in [0, 1)")
+        if not 0 <= self.max_bad_images <= 1:
+            raise ValueError(f"max_bad_images is {self.max_bad_images}; it is a share of the training set, in [0, 1]")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it lies in (0, 1), leave it out for no moving average")
         if self.max_steps <= 0 and not self.warmup_steps and self.warmup_epochs >= self.num_train_epochs:

@@ -7,8 +7,10 @@ mixing.py.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_parameter_names
 
+from .bad_images import BadImages
 from .distillation_config import DistillationConfig
 from .ema import ExponentialMovingAverage
 from .losses import distillation_loss
@@ -26,6 +29,8 @@ from .plots import plot_run
 from .repeated_augmentation import RepeatedAugmentationSampler
 from .views import collate_views
 
+
+logger = logging.getLogger(__name__)
 
 # "No decay on biases, norms, class token and positions"; the authors do decay the distillation token
 # (facebookresearch/deit, no_weight_decay of its models).
@@ -108,7 +113,34 @@ class DistillationTrainer(Trainer):
                 f"one step takes {batch_size} views and the training set has {len(dataset)} images: lower "
                 "per_device_train_batch_size or gradient_accumulation_steps"
             )
-        return RepeatedAugmentationSampler(len(dataset), self.args.num_repeats, self.args.view_seed, batch_size)
+        sampler = RepeatedAugmentationSampler(
+            len(dataset),
+            self.args.num_repeats,
+            self.args.view_seed,
+            batch_size,
+            block_sizes=getattr(dataset, "block_sizes", None),
+            shuffle_buffer_size=self.args.shuffle_buffer_size,
+        )
+        self._warn_of_repeated_reading(sampler)
+        return sampler
+
+    def _warn_of_repeated_reading(self, sampler: RepeatedAugmentationSampler) -> None:
+        args = self.args
+        readers = sampler.readers_of_a_block(
+            args.world_size, args.dataloader_num_workers, args.gradient_accumulation_steps
+        )
+        if sampler.block_sizes is not None and readers > 1 and self.is_world_process_zero():
+            logger.warning(
+                "streaming: each block of %d images on average will be read by %d loader workers, as the %d blocks of "
+                "the training set make %d lanes for %d processes x %d workers. Nothing is shown twice for it; 1, 2, 4 "
+                "or 8 workers, a larger shuffle_buffer_size or smaller row groups let fewer of them read the same",
+                sampler.num_images // len(sampler.block_sizes),
+                readers,
+                len(sampler.block_sizes),
+                sampler.slices * sampler.turns,
+                args.world_size,
+                max(1, args.dataloader_num_workers),
+            )
 
     # Optimisation
 
@@ -118,10 +150,17 @@ class DistillationTrainer(Trainer):
 
     # The loss
 
+    @cached_property
+    def bad_images(self) -> BadImages:
+        """The damaged images that the training views have met."""
+        return BadImages(self.args.output_dir, len(self.train_dataset), self.args.max_bad_images)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Tensor | tuple[Tensor, object]:
         """The paper's loss of one batch of views; its parts are logged by name. `num_items_in_batch` is not used."""
+        if "bad_images" in inputs:
+            self.bad_images.record(inputs.pop("bad_images"))
         view_seeds = inputs.get("view_seeds")
         if view_seeds is None:  # a set that is not ours: its views have no seeds of their own
             view_seeds = torch.randint(2**63 - 1, (len(inputs["labels"]),)).numpy()
@@ -180,8 +219,12 @@ class DistillationTrainer(Trainer):
         if self.is_world_process_zero():
             print(self.banner(), flush=True)
         resume = self.args.resume_from_checkpoint
+        if resume is None:
+            self.bad_images.forget()
         train_metrics = self.train(resume_from_checkpoint=True if resume == "True" else resume).metrics
         self.save_model()
+        if self.bad_images:
+            train_metrics["bad_images"] = len(self.bad_images)
         self.save_metrics("train", train_metrics)
         metrics = self.evaluate()
         if self.teacher is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,6 +28,11 @@ class DataArguments:
     """Which images, and at what size."""
 
     dataset_name: str = _option("imagenet-1k", "Registry name, Hub id, or directory of images or parquet files.")
+    data_dir: str | None = _option(None, "Where the set of that registry name lies; unset: on the Hub.")
+    category_level: str | None = _option(
+        None, "iNaturalist: what a class is, 'kingdom' ... 'genus' or 'name' (species; default)."
+    )
+    streaming: bool = _option(False, "Read the training images (parquet) while training, without downloading them.")
     image_column: str | None = _option(None, "Column of the images, where it cannot be told from the types.")
     label_column: str | None = _option(None, "Column of the labels, where it cannot be told from the types.")
     train_split: str | None = _option(None, "Split to train on.")
@@ -40,7 +46,10 @@ class DataArguments:
 
     def loading(self) -> dict:
         """The arguments of [`load_image_dataset`]."""
-        names = ("image_column", "label_column", "train_split", "eval_split", "max_train_samples", "max_eval_samples")
+        names = (
+            *("data_dir", "category_level", "streaming", "image_column", "label_column", "train_split", "eval_split"),
+            *("max_train_samples", "max_eval_samples"),
+        )
         return {"name": self.dataset_name} | {name: getattr(self, name) for name in names}
 
 
@@ -154,12 +163,22 @@ def _did_you_mean(word: str, known: set[str]) -> str:
 def exit_clearly(main: Callable[[], object]) -> None:
     """Runs a script's `main`. An error that hf_deit itself raises was written for the user: one line, exit status 1.
 
-    Any other error is a bug, here or below, and keeps its traceback.
+    Any other error is a bug, here or below, and keeps its traceback. What a loader's worker process raises counts like
+    what is raised in this one.
     """
     try:
         main()
     except (ValueError, FloatingPointError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if Path(frames[-1].filename).parent != Path(__file__).parent:
+        here = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
+        file, message = _raised_in_worker(str(error)) or here
+        if Path(file).parent != Path(__file__).parent:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {message}")
+
+
+def _raised_in_worker(text: str) -> tuple[str, str] | None:
+    """File and message of the error that PyTorch hands on from a worker, with the traceback as its text."""
+    if not re.match(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", text):
+        return None
+    *_, last_frame = re.finditer(r'^  File "(.+)", line \d+.*\n(?:    .*\n)*', text, re.MULTILINE)
+    return last_frame[1], text[last_frame.end() :].partition(": ")[2].strip()

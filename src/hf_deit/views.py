@@ -6,32 +6,45 @@ Pixels stay uint8 until they are on the device (mixing.py).
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 from transformers import DeiTImageProcessor
 
-from .augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
-from .decoding import decode_image
+from .augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform
+from .decoding import DamagedImage, decode_image
+
+
+# So many neighbours are tried in place of a damaged image; after them it is the set that is damaged.
+MAX_BAD_RUN = 100
 
 
 class TrainViews(torch.utils.data.Dataset):
     """Augmented views of a training set; index it with a [`View`] (a plain index is that view of epoch 0).
 
     A view is a pure function of `(seed, epoch, position)`: the process, the worker and what came before don't matter.
+    In place of a damaged image stands the next one that is whole, with its own label; the example then lists what it
+    replaces as `bad_images`: `(index, path or None, reason)` each.
 
     Args:
         images: with the columns `image` and `label`, as [`load_image_dataset`] returns them.
-        transform: from [`build_train_transform`]; called with the image and the view's random generator.
+        transform: from [`build_train_transform`].
         seed: of all views.
+
+    Raises:
+        ValueError: the seed is negative; when indexed, 100 images in a row, or all there are, are damaged.
     """
 
-    def __init__(self, images: Sequence[dict], transform: Callable, seed: int = 0):
+    def __init__(self, images: Sequence[dict], transform: TrainTransform, seed: int = 0):
+        if seed < 0:
+            raise ValueError(f"the seed of the views is {seed}; it must be 0 or more")
         self.images = images
         self.transform = transform
-        self.seed = seed
+        self.seed = int(seed)  # shifted further than a NumPy integer is wide
 
     def __len__(self) -> int:
         return len(self.images)
@@ -41,21 +54,65 @@ class TrainViews(torch.utils.data.Dataset):
 
     def __getitems__(self, views: list[int]) -> list[dict]:
         """The views of one batch; neighbours of the same image share its decoding."""
+        groups = [(index, list(group)) for index, group in itertools.groupby(views, key=int)]
+        rows = _rows(self.images, [index for index, _ in groups])
+        return [
+            example
+            for (index, group), row in zip(groups, rows, strict=True)
+            for example in self._views_of_one_image(index, row, group)
+        ]
+
+    @property
+    def block_sizes(self) -> list[int] | None:
+        """Of images that are read by the block ([`RepeatedAugmentationSampler`] keeps to it)."""
+        return getattr(self.images, "block_sizes", None)
+
+    def _views_of_one_image(self, index: int, row: dict, views: list[int]) -> list[dict]:
+        bad_images = []
+        for offset in range(min(len(self), MAX_BAD_RUN)):
+            if offset:
+                row = self.images[(index + offset) % len(self)]
+            try:
+                examples = self._augment(row, views)
+            except DamagedImage as damage:
+                bad_images.append(((index + offset) % len(self), _path(row), str(damage)))
+                continue
+            if bad_images:
+                examples[0]["bad_images"] = bad_images
+            return examples
+        number, path, reason = bad_images[-1]
+        raise ValueError(
+            f"{len(bad_images)} training images in a row are damaged, from number {index} to number {number} (path "
+            f"{path}: {reason}): check the path and the columns of the dataset"
+        )
+
+    def _augment(self, row: dict, views: list[int]) -> list[dict]:
+        pixels = decode_image(row["image"], self.transform.reduction)
         examples = []
-        for index, group in itertools.groupby(views, key=int):
-            row = self.images[index]
-            image = decode_image(row["image"])
-            for view in group:
-                rng = np.random.default_rng([self.seed, getattr(view, "epoch", 0), getattr(view, "position", index)])
-                view_seed = rng.integers(2**63)  # for what happens to the view on the device
-                examples.append(
-                    {"pixel_values": self.transform(image, rng), "labels": row["label"], "view_seeds": view_seed}
-                )
+        for view in views:
+            rng = self._generator(view)
+            view_seed = rng.getrandbits(63)  # for what happens to the view on the device
+            choices = self.transform.sample(*pixels.shape[:2], rng)
+            examples.append(
+                {
+                    "pixel_values": self.transform.apply(pixels, choices),
+                    "labels": row["label"],
+                    "view_seeds": view_seed,
+                }
+            )
         return examples
+
+    def _generator(self, view: int) -> random.Random:
+        epoch, position = getattr(view, "epoch", 0), getattr(view, "position", int(view))
+        return random.Random(self.seed << 96 | epoch << 64 | position)  # seeded several times faster than NumPy's
 
 
 class EvalViews(torch.utils.data.Dataset):
-    """The one view of each held-out image; `transform` is from [`build_eval_transform`], without augmentation."""
+    """The one view of each held-out image; `transform` is from [`build_eval_transform`], without augmentation.
+
+    Raises:
+        ValueError: when indexed, the image is damaged. An evaluation skips nothing.
+    """
 
     def __init__(self, images: Sequence[dict], transform: Callable):
         self.images = images
@@ -66,7 +123,25 @@ class EvalViews(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         row = self.images[index]
-        return {"pixel_values": self.transform(decode_image(row["image"])), "labels": row["label"]}
+        try:
+            image = decode_image(row["image"])
+        except DamagedImage as damage:
+            raise ValueError(
+                f"evaluation image number {index} (path {_path(row)}) is damaged: {damage}. Evaluation skips nothing, "
+                "or its accuracy would be that of another set: replace the file, or take it out of the set"
+            ) from damage
+        return {"pixel_values": self.transform(image), "labels": row["label"]}
+
+
+def _rows(images: Sequence[dict], indices: list[int]) -> list[dict]:
+    """Several at once where the set can, as PyTorch's loader asks for them."""
+    if hasattr(images, "__getitems__"):
+        return images.__getitems__(indices)
+    return [images[index] for index in indices]
+
+
+def _path(row: dict) -> str | None:
+    return (row["image"] or {}).get("path")
 
 
 def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:
@@ -82,14 +157,19 @@ def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:
     )
 
 
-def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray]:
+def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray | list[tuple]]:
     """`pixel_values` `(batch, 3, height, width)` uint8 in channels-last memory, `labels` `(batch,)` int64, and for
-    training `view_seeds` `(batch,)` int64, a NumPy array because it is read on the host."""
-    pixels = torch.from_numpy(np.stack([example["pixel_values"] for example in examples]))
+    training `view_seeds` `(batch,)` int64, a NumPy array because it is read on the host. Where images were replaced,
+    `bad_images` too: the examples' lists in one."""
+    # PyTorch's own collation writes straight into the memory that a worker shares with the main process.
+    pixels = default_collate([torch.from_numpy(example["pixel_values"]) for example in examples])
     batch = {
         "pixel_values": pixels.permute(0, 3, 1, 2),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }
     if "view_seeds" in examples[0]:
         batch["view_seeds"] = np.array([example["view_seeds"] for example in examples])
+    bad_images = [bad for example in examples for bad in example.get("bad_images", ())]
+    if bad_images:
+        batch["bad_images"] = bad_images
     return batch
