@@ -418,16 +418,27 @@ def test_grey_images_stay_grey():
         assert np.abs(view - view[..., :1]).max() <= 1
 
 
-def test_pixel_statistics_match_timms_pipeline(squares):
-    """Both with 40 views an image; timm's posterize guarded, as it fails on 0 bits with Pillow 13."""
-    images = (imagenet_sample() or generated_images())[:15]
-    theirs = create_transform(
-        (3, 64, 64), is_training=True, auto_augment=PAPER, interpolation="bicubic", color_jitter=0.3, normalize=False
+def timms_pipeline(size: int):
+    """Guarded: timm's posterize fails on 0 bits with Pillow 13."""
+    transform = create_transform(
+        (3, size, size),
+        is_training=True,
+        auto_augment=PAPER,
+        interpolation="bicubic",
+        color_jitter=0.3,
+        normalize=False,
     )
-    policy = next(part for part in theirs.transforms if isinstance(part, timm_auto_augment.RandAugment))
+    policy = next(part for part in transform.transforms if isinstance(part, timm_auto_augment.RandAugment))
     for operation in policy.ops:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = lambda image, bits, **_: image.point(lambda value: value & (0xFF00 >> bits))
+    return transform
+
+
+def test_pixel_statistics_match_timms_pipeline(squares):
+    """Both with 40 views an image."""
+    images = (imagenet_sample() or generated_images())[:15]
+    theirs = timms_pipeline(64)
     random.seed(6), np.random.seed(6), torch.manual_seed(6)
     expected = np.stack([theirs(picture).numpy() for picture in map(Image.fromarray, images) for _ in range(40)])
     expected = np.moveaxis(expected, 1, -1)
@@ -439,6 +450,25 @@ def test_pixel_statistics_match_timms_pipeline(squares):
     assert views.std() == pytest.approx(expected.std(), abs=0.02 * 255)
     for channel in range(3):
         assert views[..., channel].mean() == pytest.approx(expected[..., channel].mean(), abs=0.025 * 255)
+
+
+@pytest.mark.slow
+def test_pixel_statistics_of_5000_views_are_timms_within_one_percent(real_images):
+    """25 views of each of 200 images, at 224 pixels."""
+
+    def moments(views) -> tuple[float, float]:
+        sums = np.array([[view.mean(), np.square(view, dtype=np.float64).mean()] for view in views]).mean(0)
+        return sums[0], math.sqrt(sums[1] - sums[0] ** 2)
+
+    theirs, ours = timms_pipeline(224), build_train_transform(224)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    pictures = [Image.fromarray(image) for image in real_images]
+    expected = moments(theirs(picture).numpy() for picture in pictures for _ in range(25))
+    rng = random.Random(0)
+    measured = moments(ours(image, rng) for image in real_images for _ in range(25))
+    print(f"mean {measured[0]:.2f} (timm {expected[0]:.2f}), deviation {measured[1]:.2f} (timm {expected[1]:.2f})")
+    assert measured[0] == pytest.approx(expected[0], rel=0.01)
+    assert measured[1] == pytest.approx(expected[1], rel=0.01)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from PIL import Image
@@ -30,6 +31,7 @@ from hf_deit import (
     load_teacher,
     new_classifier,
 )
+from hf_deit.streaming import StreamedImages
 
 
 # A subprocess started by torchrun imports this file for its pieces.
@@ -321,13 +323,27 @@ def test_a_run_leaves_what_it_promises_and_learns(tiny_images, tmp_path, capsys)
     assert "8 views = 8 x 1 processes x 1 accumulation" in lines and "distillation head" in lines
 
 
+def streamed(images, folder):
+    """The training images in parquet files, read in blocks of 5."""
+    files = []
+    for number, rows in enumerate((range(0, 30), range(30, 48))):
+        files.append(str(folder / f"{number}.parquet"))
+        table = images["train"].data.table.slice(rows.start, len(rows))
+        parquet.write_table(table, files[-1], row_group_size=5)
+    stream = StreamedImages(files, images["train"].features, image_column="image", label_column="label")
+    return images | {"train": stream}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["on disk", "streamed"])
 @pytest.mark.parametrize("augmented", [{}, NO_CHANCE], ids=["with chance", "without"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tiny_images, tmp_path, augmented):
-    whole = trainer(tiny_images(), tmp_path / "whole", student(drop_path_rate=0.2), num_train_epochs=2, **augmented)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tiny_images, tmp_path, augmented, stream):
+    images = streamed(tiny_images(), tmp_path) if stream else tiny_images()
+    augmented = augmented | {"shuffle_buffer_size": 16}
+    whole = trainer(images, tmp_path / "whole", student(drop_path_rate=0.2), num_train_epochs=2, **augmented)
     whole.train()
     fields = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 4, "ema_decay": 0.9} | augmented
-    trainer(tiny_images(), tmp_path / "cut", student(drop_path_rate=0.2), **fields).train()
-    resumed = trainer(tiny_images(), tmp_path / "cut", student(drop_path_rate=0.2), **fields)
+    trainer(images, tmp_path / "cut", student(drop_path_rate=0.2), **fields).train()
+    resumed = trainer(images, tmp_path / "cut", student(drop_path_rate=0.2), **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-8"))
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_deit.dataset_registry import REGISTRY
+
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDES = sorted(path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.exists())
@@ -77,3 +79,15 @@ def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)\s]+)\)|\bsrc=\"([^\"]+)\"", path.read_text("utf-8"))
     local = [one or other for one, other in links if not re.match(r"[a-z]+:|#", one or other)]
     assert [link for link in local if not (path.parent / link.split("#")[0]).exists()] == []
+
+
+def test_the_data_page_lists_every_registered_set():
+    rows = [line.split("|") for line in (ROOT / "docs" / "data.md").read_text("utf-8").splitlines()]
+    listed = {row[1].split()[0].strip("`"): row for row in rows if len(row) == 8 and row[1].strip().startswith("`")}
+    assert list(listed) == list(REGISTRY)
+    for name, (_, _, *sizes, hub, _, _) in listed.items():
+        entry = REGISTRY[name]
+        numbers = [int(size.replace(",", "")) if size.strip() else None for size in sizes]
+        assert numbers == [entry.train_size, entry.eval_size, entry.num_classes], name
+        assert (entry.hub_id or "") == hub.partition(",")[0].strip().strip("`")
+        assert ("terms" in hub) == entry.gated

@@ -85,18 +85,15 @@ def test_a_batch_is_uint8_until_the_device(tiny_images):
     assert batch["labels"].dtype == torch.int64 and batch["view_seeds"].shape == (8,)
 
 
-def test_a_worker_writes_the_batch_into_shared_memory(tiny_images):
-    """Written elsewhere, it would be copied there."""
+def test_a_batch_is_collated_without_a_copy(tiny_images):
     views = TrainViews(tiny_images()["train"], build_train_transform(16))
-    collated = DataLoader(views, batch_size=8, num_workers=1, collate_fn=SharedBefore())
-    assert all(shared for shared in collated)
-
-
-class SharedBefore:
-    """Whether the collated pixels are in shared memory before they are sent."""
-
-    def __call__(self, examples):
-        return collate_views(examples)["pixel_values"].is_shared()
+    examples = views.__getitems__(list(range(5)))
+    collated = collate_views(examples)
+    assert collated["pixel_values"].data_ptr() == examples.pixels.ctypes.data
+    for loose in (list(examples), [views[index] for index in range(5)]):  # as another loader may hand them on
+        again = collate_views(loose)
+        assert torch.equal(again["pixel_values"], collated["pixel_values"])
+        assert again["pixel_values"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_negative_seed_is_refused(tiny_images):

@@ -23,6 +23,16 @@ from .decoding import DamagedImage, decode_image
 MAX_BAD_RUN = 100
 
 
+class ViewBatch(list):
+    """Examples whose pixels lie side by side in `pixels`, `(batch, height, width, 3)` uint8: collated without a copy.
+
+    Views kept one by one until the batch is whole would cost more than a tenth of a millisecond each, for memory that
+    the system has to hand out anew every time.
+    """
+
+    pixels: np.ndarray
+
+
 class TrainViews(torch.utils.data.Dataset):
     """Augmented views of a training set; index it with a [`View`] (a plain index is that view of epoch 0).
 
@@ -52,28 +62,28 @@ class TrainViews(torch.utils.data.Dataset):
     def __getitem__(self, view: int) -> dict:
         return self.__getitems__([view])[0]
 
-    def __getitems__(self, views: list[int]) -> list[dict]:
+    def __getitems__(self, views: list[int]) -> ViewBatch:
         """The views of one batch; neighbours of the same image share its decoding."""
+        batch = ViewBatch()
+        batch.pixels = np.empty((len(views), self.transform.image_size, self.transform.image_size, 3), np.uint8)
         groups = [(index, list(group)) for index, group in itertools.groupby(views, key=int)]
         rows = _rows(self.images, [index for index, _ in groups])
-        return [
-            example
-            for (index, group), row in zip(groups, rows, strict=True)
-            for example in self._views_of_one_image(index, row, group)
-        ]
+        for (index, group), row in zip(groups, rows, strict=True):
+            batch += self._views_of_one_image(index, row, group, batch.pixels[len(batch) :])
+        return batch
 
     @property
     def block_sizes(self) -> list[int] | None:
         """Of images that are read by the block ([`RepeatedAugmentationSampler`] keeps to it)."""
         return getattr(self.images, "block_sizes", None)
 
-    def _views_of_one_image(self, index: int, row: dict, views: list[int]) -> list[dict]:
+    def _views_of_one_image(self, index: int, row: dict, views: list[int], out: np.ndarray) -> list[dict]:
         bad_images = []
         for offset in range(min(len(self), MAX_BAD_RUN)):
             if offset:
                 row = self.images[(index + offset) % len(self)]
             try:
-                examples = self._augment(row, views)
+                examples = self._augment(row, views, out)
             except DamagedImage as damage:
                 bad_images.append(((index + offset) % len(self), _path(row), str(damage)))
                 continue
@@ -86,20 +96,15 @@ class TrainViews(torch.utils.data.Dataset):
             f"{path}: {reason}): check the path and the columns of the dataset"
         )
 
-    def _augment(self, row: dict, views: list[int]) -> list[dict]:
+    def _augment(self, row: dict, views: list[int], out: np.ndarray) -> list[dict]:
         pixels = decode_image(row["image"], self.transform.reduction)
         examples = []
-        for view in views:
+        for view, place in zip(views, out, strict=False):
             rng = self._generator(view)
             view_seed = rng.getrandbits(63)  # for what happens to the view on the device
             choices = self.transform.sample(*pixels.shape[:2], rng)
-            examples.append(
-                {
-                    "pixel_values": self.transform.apply(pixels, choices),
-                    "labels": row["label"],
-                    "view_seeds": view_seed,
-                }
-            )
+            place[...] = self.transform.apply(pixels, choices)
+            examples.append({"pixel_values": place, "labels": row["label"], "view_seeds": view_seed})
         return examples
 
     def _generator(self, view: int) -> random.Random:
@@ -161,8 +166,10 @@ def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray | list[
     """`pixel_values` `(batch, 3, height, width)` uint8 in channels-last memory, `labels` `(batch,)` int64, and for
     training `view_seeds` `(batch,)` int64, a NumPy array because it is read on the host. Where images were replaced,
     `bad_images` too: the examples' lists in one."""
-    # PyTorch's own collation writes straight into the memory that a worker shares with the main process.
-    pixels = default_collate([torch.from_numpy(example["pixel_values"]) for example in examples])
+    if isinstance(examples, ViewBatch):
+        pixels = torch.from_numpy(examples.pixels)
+    else:
+        pixels = default_collate([torch.from_numpy(example["pixel_values"]) for example in examples])
     batch = {
         "pixel_values": pixels.permute(0, 3, 1, 2),
         "labels": torch.tensor([example["labels"] for example in examples]),
