@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from hf_deit import decoding as decoding_module
-from hf_deit.decoding import DamagedImage, decode_image
+from hf_deit.decoding import DamagedImage, Part, decode_image
 
 
 def encoded(image, format="PNG", **options):
@@ -150,7 +150,7 @@ def without_pillow(monkeypatch):
 def test_a_jpeg_has_exactly_pillows_pixels(mode, size, options, without_pillow):
     jpeg = encoded(photograph(*size).convert(mode), "JPEG", **options)
     sizes = []
-    pixels = decode_image(jpeg, lambda height, width: sizes.append((height, width)) or 1)
+    pixels = decode_image(jpeg, lambda height, width: sizes.append((height, width)) or Part())
     np.testing.assert_array_equal(pixels, pillow(jpeg))
     assert sizes == [size] and pixels.flags.writeable
 
@@ -159,7 +159,7 @@ def test_a_jpeg_has_exactly_pillows_pixels(mode, size, options, without_pillow):
 @pytest.mark.parametrize("size", [(64, 96), (53, 78), (9, 8), (3, 1)])
 def test_a_reduced_jpeg_has_libjpegs_pixels(reduction, size, without_pillow):
     jpeg = encoded(photograph(*size), "JPEG")
-    pixels = decode_image(jpeg, lambda height, width: reduction)
+    pixels = decode_image(jpeg, lambda height, width: Part(reduction))
     height, width = (-(-side // reduction) for side in size)
     assert pixels.shape == (height, width, 3)
     with Image.open(io.BytesIO(jpeg["bytes"])) as image:
@@ -170,17 +170,47 @@ def test_a_reduced_jpeg_has_libjpegs_pixels(reduction, size, without_pillow):
             assert size == (3, 1)
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_other_formats_have_one_size(format):
-    assert decode_image(encoded(photograph(), format), lambda height, width: 8).shape == (53, 78, 3)
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "CMYK"])
+def test_what_no_decoder_reduces_is_reduced_afterwards(format):
+    image = photograph().convert("CMYK") if format == "CMYK" else photograph()
+    file = encoded(image, "JPEG" if format == "CMYK" else format)
+    expected = np.asarray(Image.fromarray(pillow(file)).reduce(4))
+    np.testing.assert_array_equal(decode_image(file, lambda height, width: Part(4)), expected)
 
 
-def test_only_plain_jpegs_are_reduced():
-    """CMYK and what has bytes after its end: the one for Pillow, the other an image like any."""
-    cmyk = encoded(photograph().convert("CMYK"), "JPEG")
-    np.testing.assert_array_equal(decode_image(cmyk, lambda height, width: 4), pillow(cmyk))
+def test_bytes_after_the_end_do_not_matter(without_pillow):
     padded = {"bytes": encoded(photograph(), "JPEG")["bytes"] + bytes(1000), "path": None}
-    assert decode_image(padded, lambda height, width: 4).shape == (14, 20, 3)
+    assert decode_image(padded, lambda height, width: Part(4)).shape == (14, 20, 3)
+
+
+@pytest.mark.parametrize("reduction", [1, 2])
+@pytest.mark.parametrize("options", JPEG_KINDS.values(), ids=JPEG_KINDS)
+def test_the_upper_rows_are_those_of_the_whole_image(options, reduction, without_pillow):
+    file = encoded(photograph(200, 90), "JPEG", **options)
+    whole = decode_image(file, lambda height, width: Part(reduction))
+    for rows in (1, 15, 16, 17, 33, 80, 100):
+        upper = decode_image(file, lambda height, width, rows=rows: Part(reduction, rows))
+        assert len(upper) < len(whole) or len(whole) - rows < 48 or options.get("progressive")
+        np.testing.assert_array_equal(upper[:rows], whole[:rows])
+
+
+def test_the_upper_rows_of_photographs_are_exact(shared_data):
+    table = pytest.importorskip("pyarrow.parquet").read_table(shared_data / "imagenet_sample" / "validation.parquet")
+    rng = random.Random(0)
+    for image in table["image"].to_pylist():
+        whole = decode_image(image)
+        rows = rng.randint(1, len(whole))
+        np.testing.assert_array_equal(decode_image(image, lambda *_, rows=rows: Part(1, rows))[:rows], whole[:rows])
+
+
+def test_damage_below_the_rows_that_are_needed_is_damage():
+    """Whether an image is damaged does not depend on what is shown of it."""
+    jpeg = encoded(photograph(200, 90), "JPEG")["bytes"]
+    marked = bytearray(jpeg)
+    marked[-300:-298] = b"\xff\x05"
+    for data in (jpeg[:-500], jpeg[:-500] + bytes(500), bytes(marked)):
+        with pytest.raises(DamagedImage):
+            decode_image({"bytes": data, "path": None}, lambda height, width: Part(1, 10))
 
 
 def test_a_path_is_read(tmp_path):
@@ -209,7 +239,7 @@ def test_every_orientation_is_pillows(format, orientation):
     np.testing.assert_array_equal(decode_image(turned), expected)
     if format == "JPEG":
         height, width = expected.shape[:2]
-        half = decode_image(turned, lambda *size: 2)
+        half = decode_image(turned, lambda *size: Part(2))
         assert half.shape == (-(-height // 2), -(-width // 2), 3)
         # the same corner up, whatever the scale
         coarse = Image.fromarray(expected).resize(half.shape[1::-1], Image.Resampling.BOX)
@@ -285,6 +315,7 @@ def test_what_pillow_refuses_is_damaged_and_nothing_else_is_raised(format):
         else:
             assert expected is not None, "Pillow refuses it"
             np.testing.assert_array_equal(pixels, expected)
+            np.testing.assert_array_equal(decode_image(file, lambda *_: Part(1, 20))[:20], expected[:20])
     assert refused or format == "BMP"  # which has nothing that could be wrong
 
 

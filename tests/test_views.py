@@ -122,13 +122,14 @@ def test_a_large_image_is_decoded_smaller_without_visible_change(monkeypatch):
     shapes = []
 
     def watched(*image):
-        shapes.append(decode_image(*image).shape)
-        return decode_image(*image)
+        pixels = decode_image(*image)
+        shapes.append(pixels.shape)
+        return pixels
 
     monkeypatch.setattr(views_module, "decode_image", watched)
     batch = [View(index, 0, 3 * index + repeat) for index in range(12) for repeat in range(3)]
     quick = TrainViews(rows, transform).__getitems__(batch)
-    assert set(shapes) == {(200, 200, 3)}
+    assert {shape[1] for shape in shapes} == {200} and max(shape[0] for shape in shapes) <= 200
     for example, view in zip(quick, batch, strict=True):
         # the same choices, carried out on the picture in full size
         rng = random.Random(int(view.position))

@@ -21,7 +21,7 @@ import math
 import os
 import re
 from bisect import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol
@@ -114,8 +114,9 @@ def sample_crop_box(
     Source: torchvision.transforms.RandomResizedCrop.get_params.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
+    largest, smallest = height * width * scale[1], height * width * scale[0]
     for _ in range(10):
-        area = height * width * _uniform(*scale, rng)
+        area = _uniform(smallest, largest, rng)
         aspect = math.exp(_uniform(low, high, rng))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
@@ -322,16 +323,12 @@ def _warp(image: np.ndarray, affine: tuple[float, ...], fill: tuple[int, int, in
     On the way there is a fourth channel, in which cv2 is a third faster.
     """
     (a, b, c, d, e, f), (height, width) = affine, image.shape[:2]
-    finer_x, finer_y = 1 if (a, b) == (1, 0) else 2, 1 if (d, e) == (0, 1) else 2
-    finer = cv2.resize(
-        cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), (width * finer_x, height * finer_y), interpolation=cv2.INTER_CUBIC
-    )
-    # cv2 puts pixel centres at integers
-    matrix = np.array([[a, b, c + (a + b) / 2], [d, e, f + (d + e) / 2]]) * [[finer_x], [finer_y]]
-    matrix[:, 2] -= 0.5
+    x, y = 1 if (a, b) == (1, 0) else 2, 1 if (d, e) == (0, 1) else 2  # times the pixels
+    finer = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), (width * x, height * y), interpolation=cv2.INTER_CUBIC)
     warped = cv2.warpAffine(
         finer,
-        matrix,
+        # cv2 puts pixel centres at integers
+        np.array([[x * a, x * b, x * (c + (a + b) / 2) - 0.5], [y * d, y * e, y * (f + (d + e) / 2) - 0.5]]),
         (width, height),
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_CONSTANT,
@@ -651,7 +648,8 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
     """
     if image.shape[:2] == (size, size):
         return image
-    image = np.require(image, requirements=["C", "W"])
+    if not (image.flags.c_contiguous and image.flags.writeable):  # torch warns of what is read-only
+        image = image.copy()
     # (1, 3, height, width) with channels last in memory, the layout the kernel is fast in and keeps
     pixels = torch.from_numpy(image.reshape(1, *image.shape).transpose(0, 3, 1, 2))
     resized = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
@@ -709,6 +707,10 @@ class TrainTransform:
         narrowest = min(self.ratio[0], 1 / self.ratio[1])
         shortest = math.sqrt(self.scale[0] * height * width * narrowest)
         return max(k for k in (1, 2, 4, 8) if k == 1 or shortest >= k * self.image_size)
+
+    def rows_needed(self, views: Sequence[ViewParameters]) -> int | None:
+        """How many rows of the image, from the top, `views` show; None for all."""
+        return None if self.crop == "padded" else max(view.box.top + view.box.height for view in views)
 
     def apply(self, image: np.ndarray, view: ViewParameters) -> np.ndarray:
         """Carry out `view`. The input is never written to, and may share memory with the result."""

@@ -1,8 +1,8 @@
 """Encoded bytes to RGB pixels, whatever the file is.
 
 A flawless JPEG goes through libjpeg-turbo (simplejpeg): Pillow's pixels, in less time and, where asked for, 2, 4 or 8
-times smaller. Everything else goes through Pillow, and what Pillow refuses is damaged. What decodes all the same goes
-unnoticed: a flipped bit, a JPEG cut short and properly closed.
+times smaller and no further down than needed. Everything else goes through Pillow, and what Pillow refuses is
+damaged. What decodes all the same goes unnoticed: a flipped bit, a JPEG cut short and properly closed.
 
 Not here: what becomes of damaged images (views.py, bad_images.py).
 
@@ -12,6 +12,7 @@ Sources: ITU-T T.81, table B.1 (markers of a JPEG); EXIF 2.32, tag 0x0112 (orien
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,35 +28,48 @@ class DamagedImage(ValueError):
     """An image that is not there or cannot be decoded; the message is a short reason."""
 
 
-def decode_image(encoded: Mapping | None, choose_reduction: Callable[[int, int], int] | None = None) -> np.ndarray:
+class Part(NamedTuple):
+    """As much of an image as is needed.
+
+    Attributes:
+        reduction: how many times smaller than stored: 1, 2, 4 or 8.
+        rows: of the image so reduced, from the top; None for all.
+    """
+
+    reduction: int = 1
+    rows: int | None = None
+
+
+def decode_image(encoded: Mapping | None, choose_part: Callable[[int, int], Part] | None = None) -> np.ndarray:
     """One image as RGB.
 
     Args:
         encoded: `{"bytes": bytes or None, "path": str or None}`, any format and mode Pillow reads: grey, palette,
             CMYK, alpha (dropped), 16 bits (scaled down, not clipped), the first frame of several.
-        choose_reduction: of the stored height and width, in pixels; how many times smaller, 1, 2, 4 or 8, a JPEG is
-            wanted. Other formats have one size.
+        choose_part: asked once, with the height and width in pixels, for the [`Part`] that is needed.
 
     Returns:
-        `(height, width, 3)` uint8, turned upright where the EXIF data says so, as Transformers' pipelines do. Reduced
-        sides are rounded up.
+        `(height, width, 3)` uint8, turned upright where the EXIF data says so, as Transformers' pipelines do; sides
+        divided by the reduction and rounded up. There may be more rows than were asked for.
 
     Raises:
         DamagedImage: no file, no image, more pixels than Pillow's limit of twice `PIL.Image.MAX_IMAGE_PIXELS`, or
             damaged in any way.
     """
     data = _read(encoded or {})
-    size = _jpeg_size(data)
-    if size is None:
-        return _decode_with_pillow(data)
-    reduction = choose_reduction(*size) if choose_reduction is not None else 1
-    try:
-        # the smallest scale that has these sides
-        least = {"min_height": -(-size[0] // reduction), "min_width": -(-size[1] // reduction)}
-        pixels = simplejpeg.decode_jpeg(data, "RGB", **least)
-    except ValueError:  # libjpeg is not content; Pillow judges, and gives the reason
-        return _decode_with_pillow(data)
-    return _upright(pixels, _turn_of_jpeg(data))
+    jpeg = _read_jpeg_header(data)
+    turn = _turn_of_jpeg(data) if jpeg is not None and jpeg.may_be_turned else _UPRIGHT
+    if jpeg is not None and turn == _UPRIGHT:
+        part = choose_part(jpeg.height, jpeg.width) if choose_part is not None else Part()
+        pixels = _decode_jpeg(data, jpeg, part)
+        return pixels if pixels is not None else _reduce(_decode_with_pillow(data), part.reduction)
+    pixels = _decode_jpeg(data, jpeg, Part()) if jpeg is not None else None
+    pixels = _upright(pixels, turn) if pixels is not None else _decode_with_pillow(data)
+    return pixels if choose_part is None else _reduce(pixels, choose_part(*pixels.shape[:2]).reduction)
+
+
+def _reduce(pixels: np.ndarray, reduction: int) -> np.ndarray:
+    return pixels if reduction == 1 else np.array(Image.fromarray(pixels).reduce(reduction))
 
 
 def _read(encoded: Mapping) -> bytes:
@@ -75,30 +89,74 @@ def _read(encoded: Mapping) -> bytes:
 # --------------------------------------------------------------------------------------------------------------------
 # JPEG
 
-_SCAN, _APP1 = 0xDA, 0xE1  # pixels follow; EXIF or XMP
+# A marker among the pixels, where 255 is followed by 0; not: padding, a restart.
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_BASELINE, _SCAN, _APP1, _END_OF_IMAGE = 0xC0, 0xDA, 0xE1, 0xD9
+_MARGIN = 16  # rows; the last ones of an image lack the colours from below that would shade into them
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) as stored; None for what is no JPEG in grey or three colours, or too large."""
+class _JpegHeader(NamedTuple):
+    """What is said before the pixels.
+
+    Attributes:
+        height, width: as stored.
+        may_be_turned: there is EXIF or XMP data, or something too odd to tell.
+        baseline_at: where the frame of a baseline JPEG begins, behind its marker; None for any other.
+        scan_at: where its first scan begins.
+    """
+
+    height: int
+    width: int
+    may_be_turned: bool
+    baseline_at: int | None
+    scan_at: int
+
+
+def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
+    """None for what is no JPEG in grey or three colours, or too large."""
     if not data.startswith(b"\xff\xd8"):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    too_large = Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS
-    return None if too_large or colorspace == "CMYK" else (height, width)
-
-
-def _may_be_turned(data: bytes) -> bool:
-    """Whether there is an APP1 segment before the pixels, or a header too odd to tell."""
-    position = 2
+    if colorspace == "CMYK" or (Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS):
+        return None
+    position, may_be_turned, baseline_at = 2, False, None
     while data[position : position + 1] == b"\xff":
-        marker = data[position + 1]
-        if marker in (_SCAN, _APP1):
-            return marker == _APP1
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return True
+        marker, position = data[position + 1], position + 2
+        if marker == _SCAN:
+            return _JpegHeader(height, width, may_be_turned, baseline_at, position)
+        if marker == _BASELINE:
+            baseline_at = position
+        may_be_turned |= marker == _APP1
+        position += int.from_bytes(data[position : position + 2], "big")
+    return _JpegHeader(height, width, True, None, position)
+
+
+def _decode_jpeg(data: bytes, jpeg: _JpegHeader, part: Part) -> np.ndarray | None:
+    """None where libjpeg is not content: Pillow judges then, and gives the reason."""
+    height, k = jpeg.height, part.reduction
+    cut = part.rows is not None and jpeg.baseline_at is not None and _is_whole_scan(data, jpeg.scan_at)
+    if cut:
+        # The decoder is told of a lower image, and leaves the rest of the scan. It warns of that rest, so warnings
+        # cannot count: the search for markers stands in for them.
+        height = min(height, part.rows * k + _MARGIN)
+        at = jpeg.baseline_at + 3
+        data = b"".join((data[:at], height.to_bytes(2, "big"), data[at + 2 :]))
+    try:
+        # the smallest scale that has these sides
+        return simplejpeg.decode_jpeg(
+            data, "RGB", min_height=-(-height // k), min_width=-(-jpeg.width // k), strict=not cut
+        )
+    except ValueError:
+        return None
+
+
+def _is_whole_scan(data: bytes, start: int) -> bool:
+    """Whether all pixels come in one scan, and nothing but the end of the image after it."""
+    marker = _MARKER.search(data, start + int.from_bytes(data[start : start + 2], "big"))
+    return marker is not None and data[marker.end() - 1] == _END_OF_IMAGE
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -132,8 +190,6 @@ def _turn(image: Image.Image) -> _Turn:
 
 
 def _turn_of_jpeg(data: bytes) -> _Turn:
-    if not _may_be_turned(data):  # Pillow takes its time to say so
-        return _UPRIGHT
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

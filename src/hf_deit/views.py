@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import DeiTImageProcessor
 
-from .augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform
-from .decoding import DamagedImage, decode_image
+from .augmentation import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform, ViewParameters
+from .decoding import DamagedImage, Part, decode_image
 
 
 # So many neighbours are tried in place of a damaged image; after them it is the set that is damaged.
@@ -55,6 +55,7 @@ class TrainViews(torch.utils.data.Dataset):
         self.images = images
         self.transform = transform
         self.seed = int(seed)  # shifted further than a NumPy integer is wide
+        self._rng = random.Random()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -97,19 +98,27 @@ class TrainViews(torch.utils.data.Dataset):
         )
 
     def _augment(self, row: dict, views: list[int], out: np.ndarray) -> list[dict]:
-        pixels = decode_image(row["image"], self.transform.reduction)
+        drawn = []  # before there are pixels, so that no more of them are decoded than the views take
+
+        def choose_part(height: int, width: int) -> Part:
+            reduction = self.transform.reduction(height, width)
+            for view in views:
+                drawn.append(self._draw(view, -(-height // reduction), -(-width // reduction)))
+            return Part(reduction, self.transform.rows_needed([choices for _, choices in drawn]))
+
+        pixels = decode_image(row["image"], choose_part)
         examples = []
-        for view, place in zip(views, out, strict=False):
-            rng = self._generator(view)
-            view_seed = rng.getrandbits(63)  # for what happens to the view on the device
-            choices = self.transform.sample(*pixels.shape[:2], rng)
+        for (view_seed, choices), place in zip(drawn, out, strict=False):
             place[...] = self.transform.apply(pixels, choices)
             examples.append({"pixel_values": place, "labels": row["label"], "view_seeds": view_seed})
         return examples
 
-    def _generator(self, view: int) -> random.Random:
+    def _draw(self, view: int, height: int, width: int) -> tuple[int, ViewParameters]:
+        """The view's seed for what happens to it on the device, and its choices for an image of this size."""
         epoch, position = getattr(view, "epoch", 0), getattr(view, "position", int(view))
-        return random.Random(self.seed << 96 | epoch << 64 | position)  # seeded several times faster than NumPy's
+        self._rng.seed(self.seed << 96 | epoch << 64 | position)  # several times faster than seeding NumPy's
+        view_seed = self._rng.getrandbits(63)
+        return view_seed, self.transform.sample(height, width, self._rng)
 
 
 class EvalViews(torch.utils.data.Dataset):
