@@ -5,6 +5,8 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -183,6 +185,29 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(shards, monkeypatch):
     with pytest.raises(ValueError, match="cannot read 'hub://.*': ConnectionError: gone"):
         streamed[10]
     assert calls["waited"] == 7 + sum(streaming_module.RETRY_WAITS)
+
+
+@pytest.mark.parametrize(("status", "tries"), [(403, 1), (404, 1), (429, 2), (503, 2)])
+def test_a_refusal_is_not_asked_again(shards, monkeypatch, status, tries):
+    _, files = shards
+    opened = []
+
+    class Refusing:
+        def open(self, path, mode, **options):
+            opened.append(path)
+            if len(opened) == 1:
+                error = OSError("no")
+                error.response = SimpleNamespace(status_code=status)
+                raise error
+            return open(path, mode)
+
+    monkeypatch.setattr(
+        streaming_module.fsspec.core, "url_to_fs", lambda url: (Refusing(), url.removeprefix("hub://"))
+    )
+    monkeypatch.setattr(streaming_module.time, "sleep", lambda seconds: None)
+    with pytest.raises(ValueError, match="cannot read") if tries == 1 else nullcontext():
+        stream([f"hub://{files[0]}"])
+    assert len(opened) == tries
 
 
 # Over HTTP

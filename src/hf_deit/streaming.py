@@ -175,16 +175,23 @@ def _read_footer(file: str) -> pq.FileMetaData:
 
 
 def _read_patiently(file: str, read: Callable[[BinaryIO], T]) -> T:
+    remote = "://" in file
+    options = {"cache_type": "none"} if remote else {}  # what is read is kept by us
     for wait in (*RETRY_WAITS, None):
         try:
             filesystem, path = fsspec.core.url_to_fs(file)
-            with filesystem.open(path, "rb", **({} if "://" not in file else {"cache_type": "none"})) as stream:
+            with filesystem.open(path, "rb", **options) as stream:
                 return read(stream)
-        except (FileNotFoundError, PermissionError) as error:
-            raise ValueError(f"cannot read {file!r}: {type(error).__name__}: {error}") from error
         except Exception as error:  # each client library, and each kind of broken answer, has exceptions of its own
-            if wait is None or "://" not in file:
+            if not remote or wait is None or _is_final(error):
                 raise ValueError(f"cannot read {file!r}: {type(error).__name__}: {error}") from error
             logger.warning("reading %r failed (%s: %s); next try in %d s", file, type(error).__name__, error, wait)
             time.sleep(wait)
     raise AssertionError("the last try raises")
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another try would end the same way: no such file, no permission, not a parquet file."""
+    status = getattr(getattr(error, "response", None), "status_code", None) or 0
+    refused = 400 <= status < 500 and status not in (408, 429)  # too slow, too often
+    return refused or isinstance(error, (FileNotFoundError, PermissionError, pa.ArrowInvalid))
