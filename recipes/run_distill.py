@@ -3,6 +3,7 @@
 Without a recipe it runs quickstart.yaml: offline, on a CPU, the teacher included. `--help` lists the keys.
 """
 
+import sys
 from pathlib import Path
 
 import run_teacher
@@ -37,6 +38,7 @@ def build_student(model_args: ModelArguments, image_size: int, id2label: dict[in
     if model_args.use_distillation_token:
         model_class = DeiTForImageClassificationWithTeacher
     fields = model_args.config_overrides() | {"image_size": image_size, "id2label": id2label}
+    fields["use_distillation_token"] = model_args.use_distillation_token
     if model_args.model_name_or_path is not None:
         return model_class.from_pretrained(
             model_args.model_name_or_path, attn_implementation=model_args.attn_implementation, **fields
@@ -80,6 +82,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=train_views,
         eval_dataset=eval_views,
         processing_class=processor,
+        data_args=data_args,
+        command=sys.argv if argv is None else [__file__, *argv],
     )
     return trainer.train_and_save()
 

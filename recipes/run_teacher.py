@@ -5,6 +5,8 @@ student ("a RegNetY-16GF that we trained with the same data and same data-augmen
 leaves in `output_dir` is what `teacher:` of run_distill.py takes. `--help` lists the keys.
 """
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import set_seed
@@ -38,9 +40,12 @@ def find_or_train(recipe: Path, data_args: DataArguments) -> str:
 
 
 def train(
-    model_args: ClassifierArguments, data_args: DataArguments, training_args: DistillationConfig
+    model_args: ClassifierArguments,
+    data_args: DataArguments,
+    training_args: DistillationConfig,
+    command: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Train the classifier from labels alone."""
+    """Train the classifier from labels alone. `command` is for its card; by default that of this process."""
     training_args.distillation_type = "none"
     set_seed(training_args.seed)
 
@@ -65,13 +70,19 @@ def train(
 
     # 3. Train, evaluate, save
     trainer = DistillationTrainer(
-        model, training_args, train_dataset=train_views, eval_dataset=eval_views, processing_class=processor
+        model,
+        training_args,
+        train_dataset=train_views,
+        eval_dataset=eval_views,
+        processing_class=processor,
+        data_args=data_args,
+        command=command or sys.argv,
     )
     return trainer.train_and_save()
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    return train(*parse_recipe(KINDS, argv))
+    return train(*parse_recipe(KINDS, argv), command=None if argv is None else [__file__, *argv])
 
 
 if __name__ == "__main__":

@@ -27,12 +27,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
+import yaml
+
 
 Kind = Literal["model", "dataset"]
 DATE = "2024-01-01T00:00:00.000Z"
 # What goes through LFS: these names, and whatever is large.
 LFS_NAMES = re.compile(r".*\.(arrow|bin|ckpt|gz|jpe?g|npy|npz|onnx|parquet|pkl|png|pt|pth|safetensors|tar|tgz|zip)")
 LFS_BYTES = 10_000_000
+LICENSES = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "openrail", "other")
 
 
 class Request(NamedTuple):
@@ -66,6 +69,38 @@ def as_json(content: object, status: int = 200, **headers: str) -> Answer:
 
 def is_lfs(path: str, size: int) -> bool:
     return size > 0 and (size > LFS_BYTES or LFS_NAMES.fullmatch(path.lower()) is not None)
+
+
+def card_errors(card: str) -> list[str]:
+    """What the Hub would refuse in the front matter of a model's card: the part of its rules that our cards touch."""
+    found = re.match(r"---\r?\n(.*?)\n---\r?\n", card, re.DOTALL)
+    try:
+        data = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError as error:
+        return [f"the front matter is no YAML: {error}"]
+    if not isinstance(data, dict):
+        return ["the front matter is no mapping"]
+    errors = []
+    if data.get("license", "other") not in LICENSES:
+        errors.append(f'"license" must be one of {LICENSES}')
+    for key in ("library_name", "pipeline_tag"):
+        if not isinstance(data.get(key, ""), str):
+            errors.append(f'"{key}" must be a string')
+    for key in ("tags", "datasets", "metrics"):
+        if not all(isinstance(item, str) and len(item) <= 100 for item in data.get(key) or ()):
+            errors.append(f'"{key}" must be an array of strings')
+    for key in ("base_model", "datasets"):
+        names = data.get(key) or []
+        for name in [names] if isinstance(names, str) else names:
+            if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", str(name)):
+                errors.append(f'"{key}" with value "{name}" is not valid. Use an id from the Hub')
+    for model in data.get("model-index", ()):
+        for result in model["results"] if {"name", "results"} <= model.keys() else [{}]:
+            parts = [result.get("task"), result.get("dataset"), *result.get("metrics", [None])]
+            needed = [{"type"}, {"type", "name"}] + [{"type", "value"}] * (len(parts) - 2)
+            if not all(part and keys <= part.keys() for part, keys in zip(parts, needed, strict=True)):
+                errors.append('"model-index" must hold name and results, and these task, dataset and metrics')
+    return errors
 
 
 class File:
@@ -158,6 +193,7 @@ class HubServer:
         self.page_size = 1000
         self.failures: list[tuple[int, str]] = []
         self.cuts: list[tuple[int, str]] = []
+        self.cut_requests: list[tuple[int, str]] = []
         self.lock = threading.RLock()
 
     def __enter__(self) -> HubServer:
@@ -222,6 +258,10 @@ class HubServer:
         """Break the connection after `size` bytes of the next `count` bodies that are longer."""
         self.cuts += [(size, containing)] * count
 
+    def cut_upload_after(self, size: int, containing: str = "", count: int = 1) -> None:
+        """Break the connection after `size` bytes of the next `count` bodies sent here that are longer."""
+        self.cut_requests += [(size, containing)] * count
+
     def take(self, faults: list[tuple[int, str]], path: str, below: float = float("inf")) -> int | None:
         """Use up the first of the faults that befalls this path."""
         with self.lock:
@@ -252,9 +292,11 @@ class HubHandler(BaseHTTPRequestHandler):
         other_host = not self.path.startswith("/")
         path = self.path if other_host else unquote(url.path)
         self.query = parse_qs(url.query)
-        self.body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        size = int(self.headers["Content-Length"] or 0)
+        cut = self.hub.take(self.hub.cut_requests, path, below=size)
+        self.body = self.rfile.read(size if cut is None else cut)
         time.sleep(self.hub.latency)
-        if self.hub.down:
+        if self.hub.down or cut is not None:
             self.hub.requests.append(Request(self.command, path, self.headers["Range"], 0, 0))
             return self.hang_up()
         try:
@@ -296,7 +338,8 @@ class HubHandler(BaseHTTPRequestHandler):
             case ("GET", "api", "whoami-v2"):
                 return as_json({"type": "user", "name": self.user(required=True), "orgs": []})
             case ("POST", "api", "validate-yaml"):
-                return as_json({"errors": [], "warnings": []})
+                errors = [{"message": message} for message in card_errors(json.loads(self.body)["content"])]
+                return as_json({"errors": errors, "warnings": []}, status=400 if errors else 200)
             case ("POST" | "DELETE", "api", "repos", "create" | "delete"):
                 return self.create_or_delete(**json.loads(self.body))
             case (_, "api", "models" | "datasets" as kinds, owner, name, *rest):
@@ -322,6 +365,9 @@ class HubHandler(BaseHTTPRequestHandler):
                 return as_json([entry for entry in repository.at(revision).entries() if entry["path"] in paths])
             case ["resolve", revision, *path]:
                 return self.resolve(repository, repository.at(revision), "/".join(path))
+            case ["auth-check", *action]:
+                self.repository(kind, repository.id, write="write" in action)
+                return as_json({})
             case ["branch", name]:
                 return self.branch(repository, name, **json.loads(self.body))
             case ["preupload", revision]:

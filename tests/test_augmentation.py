@@ -481,8 +481,10 @@ def reference_eval(image: np.ndarray, size: int = 224, shorter: int = 256) -> np
     return np.asarray(pipeline(Image.fromarray(image)))
 
 
-def assert_equals_reference(images: list[np.ndarray], size: int, shorter: int) -> None:
-    transform = build_eval_transform(size)
+def assert_equals_reference(
+    images: list[np.ndarray], size: int, shorter: int, crop_ratio: float | None = None
+) -> None:
+    transform = build_eval_transform(size, crop_ratio=crop_ratio)
     mean, std = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
     for image in images:
         view, expected = transform(image), reference_eval(image, size, shorter)
@@ -493,9 +495,11 @@ def assert_equals_reference(images: list[np.ndarray], size: int, shorter: int) -
         assert np.abs(normalized - golden.permute(1, 2, 0).numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize(("size", "shorter"), [(224, 256), (384, 438), (96, 109)])
-def test_eval_transform_equals_resize_and_centre_crop(size, shorter):
-    assert_equals_reference(generated_images(), size, shorter)
+@pytest.mark.parametrize(
+    ("size", "shorter", "crop_ratio"), [(224, 256, None), (384, 384, None), (384, 438, 0.875), (96, 109, None)]
+)
+def test_eval_transform_equals_resize_and_centre_crop(size, shorter, crop_ratio):
+    assert_equals_reference(generated_images(), size, shorter, crop_ratio)
 
 
 def test_eval_transform_equals_the_reference_on_real_images(real_images):

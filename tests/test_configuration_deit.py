@@ -60,6 +60,28 @@ def test_stock_reads_what_we_write(tmp_path):
     assert (stock.hidden_size, stock.num_labels, stock.layer_norm_eps) == (384, 7, 1e-6)
 
 
+def test_a_plain_deit_is_of_type_vit_on_disk(tmp_path):
+    config = DeiTConfig.from_size("tiny", use_distillation_token=False, num_labels=7)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "vit"
+    stock = transformers.ViTConfig.from_pretrained(tmp_path)
+    assert (stock.hidden_size, stock.intermediate_size, stock.num_labels) == (192, 768, 7)
+    stock.name_or_path = ""  # where it came from
+    for loaded in (DeiTConfig.from_pretrained(tmp_path), DeiTConfig.from_stock(stock)):
+        assert loaded.to_dict() == config.to_dict()
+    transformers.ViTConfig().save_pretrained(tmp_path)
+    vit = DeiTConfig.from_pretrained(tmp_path)
+    assert (vit.use_distillation_token, vit.layer_norm_eps, vit.drop_path_rate) == (False, 1e-12, 0.0)
+
+
+def test_new_class_names_replace_the_files(tmp_path, caplog):
+    DeiTConfig(id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1}).save_pretrained(tmp_path)
+    assert DeiTConfig.from_pretrained(tmp_path, id2label={0: "eel"}).label2id == {"eel": 0}
+    assert DeiTConfig.from_pretrained(tmp_path, num_labels=2).id2label == {0: "cat", 1: "dog"}
+    assert DeiTConfig.from_pretrained(tmp_path, num_labels=3).id2label[2] == "LABEL_2"
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

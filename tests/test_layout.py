@@ -24,8 +24,9 @@ LAYERS = (
         *("recipe", "model_card", "plots", "throughput", "ema", "decoding", "bad_images"),
         *("local_layouts", "streaming"),
     },
-    {"modeling_deit", "checkpoint_conversion", "dataset_registry", "views", "analysis", "distillation_config"},
-    {"data", "distillation_trainer"},
+    {"checkpoint_conversion", "dataset_registry", "views", "analysis", "distillation_config"},
+    {"modeling_deit", "data", "publishing"},
+    {"distillation_trainer"},
 )
 # The one file through which each heavy dependency comes in. (Benchmarks compare with peers, tests with references.)
 DOORS = {
@@ -36,7 +37,7 @@ DOORS = {
     "matplotlib": "plots",
 }
 # Tests of the repository rather than of one module.
-REPOSITORY_TESTS = {"transformers_common", "recipes", "model_cards", "layout", "docs", "hub_server"}
+REPOSITORY_TESTS = {"transformers_common", "recipes", "model_cards", "layout", "docs", "hub_server", "ecosystem"}
 
 
 def imports(path: Path) -> set[str]:

@@ -64,6 +64,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 def to_timm(name: str) -> str:
     """timm's name of one of our tensors; query, key and value, which it stacks, are joined by the caller."""
+    name = name.replace("vit.", "deit.", 1) if name.startswith("vit.") else name
     renamed = {
         "deit.embeddings.cls_token": "cls_token",
         "deit.embeddings.distillation_token": "dist_token",
@@ -195,29 +196,193 @@ def test_a_stock_checkpoint_gives_stocks_fused_logits(tmp_path):
 
 
 @torch.no_grad()
-def test_a_plain_model_is_a_vit_to_stock(tmp_path):
+def test_a_plain_model_is_a_vit_on_disk(tmp_path, caplog):
     ours = small_model(DeiTForImageClassification, use_distillation_token=False)
     ours.save_pretrained(tmp_path / "ours")
-    vit, report = transformers.ViTForImageClassification.from_pretrained(
-        tmp_path / "ours", key_mapping={r"^deit\.": "vit."}, output_loading_info=True
-    )
+    vit, report = transformers.ViTForImageClassification.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values())
-    vit.save_pretrained(tmp_path / "vit")
-    back, report = DeiTForImageClassification.from_pretrained(
-        tmp_path / "vit", use_distillation_token=False, key_mapping={r"^vit\.": "deit."}, output_loading_info=True
-    )
-    assert not any(report.values())
+    fields = transformers.ViTConfig().to_dict().keys() & vit.config.to_dict().keys()
+    vit.config = transformers.ViTConfig(**{name: getattr(vit.config, name) for name in fields})
+    vit.save_pretrained(tmp_path / "vit")  # what stock writes: nothing in it says DeiT
     pixel_values, *_ = small_batch()
-    assert torch.equal(vit(pixel_values).logits, ours(pixel_values).logits)
-    assert torch.equal(back(pixel_values).logits, ours(pixel_values).logits)
+    expected = vit(pixel_values).logits
+    assert torch.equal(ours(pixel_values).logits, expected)
+    for folder in ("ours", "vit"):
+        back, report = DeiTForImageClassification.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(report.values()) and not back.config.use_distillation_token
+        assert torch.equal(back(pixel_values).logits, expected)
+        back.save_pretrained(tmp_path / "again")
+        mine, theirs = (load_file(tmp_path / side / "model.safetensors") for side in ("again", "vit"))
+        assert mine.keys() == theirs.keys()
+    assert not caplog.records
 
 
-def test_missing_and_unexpected_weights_are_reported(tmp_path):
-    small_model(DeiTForImageClassification).save_pretrained(tmp_path)
+def test_auto_classes_leave_vits_to_stock(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8)
+    for auto, kind in (
+        (transformers.AutoModel, transformers.ViTModel),
+        (transformers.AutoModelForImageClassification, transformers.ViTForImageClassification),
+    ):
+        kind(config).save_pretrained(tmp_path)
+        assert type(auto.from_pretrained(tmp_path)) is kind
+        assert type(auto.from_config(transformers.ViTConfig(**sizes, image_size=32, patch_size=8))) is kind
+        assert type(transformers.AutoConfig.from_pretrained(tmp_path)) is transformers.ViTConfig
+    assert (
+        transformers.AutoConfig.for_model("vit", hidden_size=24).to_dict()
+        == transformers.ViTConfig(hidden_size=24).to_dict()
+    )
+
+
+# --- A checkpoint of another class, size or number of classes ----------------------------------------------------
+
+
+def load_with_line(kind, folder, caplog, **fields):
+    """The loaded model, and the one line that says what is new and what is not used."""
+    caplog.clear()
+    loaded = kind.from_pretrained(folder, **fields)
+    [record] = caplog.records
+    assert "\n" not in record.getMessage()
+    return loaded, record.getMessage()
+
+
+def copied(loaded, model) -> set[str]:
+    """Names of the parameters that are the same in both."""
+    old, new = model.state_dict(), loaded.state_dict()
+    return {name for name in old.keys() & new.keys() if torch.equal(old[name], new[name])}
+
+
+def parameters_of(*modules: str) -> set[str]:
+    return {f"{module}.{part}" for module in modules for part in ("weight", "bias")}
+
+
+HEADS_OF = {
+    DeiTForImageClassification: parameters_of("classifier"),
+    DeiTForImageClassificationWithTeacher: parameters_of("cls_classifier", "distillation_classifier"),
+}
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+@pytest.mark.parametrize("auto", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_labels": 9},
+        {"num_labels": 9, "ignore_mismatched_sizes": True},
+        {"id2label": {number: f"class {number}" for number in range(9)}},
+    ],
+)
+def test_another_number_of_classes_means_new_heads(tmp_path, caplog, kind, auto, fields):
+    model = small_model(kind)
+    model.save_pretrained(tmp_path)
+    loader = transformers.AutoModelForImageClassification if auto else kind
+    loaded, line = load_with_line(loader, tmp_path, caplog, **fields)
+    assert line == f"{kind.__name__} from {tmp_path}: new, not trained: {', '.join(sorted(HEADS_OF[kind]))}"
+    assert copied(loaded, model) == model.state_dict().keys() - HEADS_OF[kind]
+    for name in HEADS_OF[kind]:
+        head = loaded.get_parameter(name)
+        assert len(head) == 9
+        assert head.std().item() == pytest.approx(0.02, rel=0.2) if name.endswith("weight") else not head.any()
+    assert loaded.config.num_labels == len(loaded.config.label2id) == 9
+    assert loaded.config.id2label == fields.get("id2label", loaded.config.id2label)
+
+
+def test_new_classes_and_another_image_size_together(tmp_path, caplog):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    expected = resample_positions(model.deit.embeddings.position_embeddings, (4, 4), (6, 6))
+    loader = transformers.AutoModelForImageClassification
+    loaded, _ = load_with_line(loader, tmp_path, caplog, image_size=48, num_labels=3)
+    assert type(loaded) is DeiTForImageClassificationWithTeacher
+    assert torch.equal(loaded.deit.embeddings.position_embeddings, expected)
+    assert loaded(torch.randn(1, 3, 48, 48)).cls_logits.shape == (1, 3)
+
+
+@torch.no_grad()
+def test_one_head_becomes_two_and_two_become_one(tmp_path, caplog):
+    pixel_values, *_ = small_batch()
+    one, two = (small_model(kind) for kind in CLASSIFIERS)
+    one.save_pretrained(tmp_path / "one")
+    two.save_pretrained(tmp_path / "two")
+    loaded, line = load_with_line(DeiTForImageClassificationWithTeacher, tmp_path / "one", caplog)
+    assert torch.equal(loaded(pixel_values).cls_logits, one(pixel_values).logits)
+    assert line.endswith("one: new, not trained: distillation_classifier.bias, distillation_classifier.weight")
+    loaded.save_pretrained(tmp_path / "again")  # under the names of its class, not of the checkpoint's
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == two.state_dict().keys()
+    loaded, line = load_with_line(DeiTForImageClassification, tmp_path / "two", caplog)
+    assert torch.equal(loaded(pixel_values).logits, two(pixel_values).cls_logits)
+    assert line.endswith("two: not used: distillation_classifier.bias, distillation_classifier.weight")
+
+
+@pytest.mark.parametrize("image_size", [None, 48])
+def test_a_plain_checkpoint_gets_a_distillation_token(tmp_path, caplog, image_size):
+    plain = small_model(DeiTForImageClassification, use_distillation_token=False)
+    plain.save_pretrained(tmp_path)
+    loaded, line = load_with_line(
+        DeiTForImageClassificationWithTeacher, tmp_path, caplog, **({"image_size": image_size} if image_size else {})
+    )
+    assert line.endswith(
+        "new, not trained: deit.embeddings.distillation_token, distillation_classifier.bias, "
+        "distillation_classifier.weight, the distillation token's position"
+    )
+    plain.resize_position_embeddings(image_size or 32)
+    old, new = (model.base_model.embeddings.position_embeddings for model in (plain, loaded))
+    assert torch.equal(old, torch.cat([new[:, :1], new[:, 2:]], dim=1))
+    assert 0 < new[:, 1].std() < 0.05  # as at init
+    assert torch.equal(loaded.cls_classifier.weight, plain.classifier.weight)
+    theirs = plain.vit.state_dict()
+    for name, tensor in loaded.deit.state_dict().items():
+        assert "position" in name or "distillation" in name or torch.equal(tensor, theirs[name]), name
+
+
+@torch.no_grad()
+def test_a_distilled_checkpoint_becomes_plain(tmp_path, caplog):
+    two = small_model()
+    two.save_pretrained(tmp_path)
+    loaded, line = load_with_line(DeiTForImageClassification, tmp_path, caplog, use_distillation_token=False)
+    assert line.endswith("embeddings.distillation_token, the distillation token's position")
+    assert "new" not in line
+    old, new = (model.base_model.embeddings.position_embeddings for model in (two, loaded))
+    assert torch.equal(new, torch.cat([old[:, :1], old[:, 2:]], dim=1))
+    assert torch.equal(loaded.classifier.weight, two.cls_classifier.weight)
+
+
+def test_the_headless_model_says_that_its_pooler_is_new(tmp_path, caplog):
+    small_model().save_pretrained(tmp_path)
+    _, line = load_with_line(transformers.AutoModel, tmp_path, caplog)
+    assert "new, not trained: pooler.dense.bias, pooler.dense.weight; not used: cls_classifier.bias" in line
+
+
+@pytest.mark.parametrize("ignore_mismatched_sizes", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 64}, r"cls_classifier.weight \(5, 32\) instead of \(5, 64\), deit.embeddings.cls_token"),
+        ({"patch_size": 16}, r"of another shape: deit.embeddings.patch_embeddings.projection.weight \(32, 3, 8, 8\)"),
+        ({"num_hidden_layers": 4}, r"missing: deit.encoder.layer.\*.attention.attention.key.bias"),
+        ({"num_hidden_layers": 2}, r"not in the network: encoder.layer.\*.attention.attention.key.bias"),
+        ({"num_attention_heads": 4}, "num_attention_heads is 4, but .* was trained with 2"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, caplog, fields, message, ignore_mismatched_sizes):
+    small_model().save_pretrained(tmp_path)
+    for loader in (DeiTForImageClassificationWithTeacher, transformers.AutoModelForImageClassification):
+        with pytest.raises(ValueError, match=message):
+            loader.from_pretrained(tmp_path, **fields, ignore_mismatched_sizes=ignore_mismatched_sizes)
+
+
+def test_a_checkpoint_without_some_weight_is_refused(tmp_path):
+    model = small_model()
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "deit.layernorm.bias"}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match="missing: deit.layernorm.bias. Of"):
+        DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path)
     _, report = DeiTForImageClassificationWithTeacher.from_pretrained(tmp_path, output_loading_info=True)
-    heads = {f"{head}.{part}" for head in ("cls_classifier", "distillation_classifier") for part in ("weight", "bias")}
-    assert report["missing_keys"] == heads
-    assert report["unexpected_keys"] == {"classifier.weight", "classifier.bias"}
+    assert report["missing_keys"] == {"deit.layernorm.bias"}
+    with pytest.raises(ValueError, match="of another shape: deit.encoder.layer"):
+        DeiTForImageClassificationWithTeacher.from_pretrained(
+            tmp_path, intermediate_size=128, output_loading_info=True
+        )
 
 
 def test_auto_classes_return_ours_after_registration(tmp_path):
@@ -665,9 +830,9 @@ def test_positions_of_the_same_grid_are_the_same_tensor():
 def test_resizing_keeps_the_tokens_and_resamples_the_patches_bicubically(use_distillation_token):
     model = small_model(DeiTForImageClassification, use_distillation_token=use_distillation_token)
     prefix = 1 + use_distillation_token
-    old = model.deit.embeddings.position_embeddings.clone()
+    old = model.base_model.embeddings.position_embeddings.clone()
     model.resize_position_embeddings((48, 24))  # 6 rows, 3 columns
-    new = model.deit.embeddings.position_embeddings
+    new = model.base_model.embeddings.position_embeddings
     assert model.config.image_size == (48, 24) and new.requires_grad
     assert torch.equal(new[:, :prefix], old[:, :prefix])
     # Bicubic resampling (Keys, a = -0.75) as a matrix product, written out.

@@ -104,6 +104,11 @@ def make_case(common: types.ModuleType, classes: tuple[type, ...], trained: tupl
             for model_class in self.all_model_classes:
                 self.assertIsNotNone(model_class(self.model_tester.get_config()).get_input_embeddings())
 
+        def test_can_load_ignoring_mismatched_shapes(self):
+            if classes[0].__module__.startswith("hf_deit."):
+                self.skipTest("a new num_labels means new heads, without a flag (test_modeling_deit.py)")
+            super().test_can_load_ignoring_mismatched_shapes()
+
         def test_problem_types(self):
             self.all_model_classes = classes[:2]  # regression and several labels an image: one head only
             super().test_problem_types()
@@ -141,7 +146,8 @@ def test_transformers_common_tests_pass_wherever_stock_passes():
     found = json.loads(run.stdout.splitlines()[-1])
     passed = {side: {name for name in found[side] if found[side][name] == "passed"} for side in found}
     assert len(passed["stock"]) > 90
-    assert passed["stock"] <= passed["ours"], run.stderr[-4000:]
+    # It wants a new num_labels refused without the flag: the one point on which ours mean to differ.
+    assert passed["stock"] - passed["ours"] == {"test_can_load_ignoring_mismatched_shapes"}, run.stderr[-4000:]
     assert "failed" not in found["ours"].values(), run.stderr[-4000:]
     # Ours train the two-head class too; stock's takes no labels.
     assert found["ours"]["test_training"] == found["ours"]["test_training_gradient_checkpointing"] == "passed"

@@ -2,13 +2,17 @@
 
 The fields are those of the Hub's `deit` configurations plus three of our own (`drop_path_rate`, `head_fusion`,
 `use_distillation_token`). The defaults are the paper's DeiT-B at 224 pixels, trained as in Table 9.
+
+On disk a plain DeiT (no distillation token) is of type `vit`, as `facebook/deit-base-patch16-224` is: the only stock
+class that computes it is the ViT.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, ViTConfig
 
 
 # Table 1: width and heads; 12 layers and 64 dimensions a head throughout.
@@ -31,6 +35,12 @@ def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
         return size, size
     height, width = size
     return height, width
+
+
+def _vit_as_deit(config_dict: dict[str, Any]) -> dict[str, Any]:
+    if config_dict.get("model_type") != "vit":
+        return config_dict
+    return {"use_distillation_token": False} | config_dict | {"model_type": "deit"}
 
 
 class DeiTConfig(PreTrainedConfig):
@@ -108,12 +118,41 @@ class DeiTConfig(PreTrainedConfig):
         return cls(**(fields | overrides))
 
     @classmethod
+    def from_stock(cls, config: PreTrainedConfig) -> DeiTConfig:
+        """A copy, as one of ours, of a `deit` or `vit` configuration object."""
+        if isinstance(config, cls):
+            return copy.deepcopy(config)
+        ours = cls.from_dict(config.to_dict())
+        ours._attn_implementation = config._attn_implementation
+        return ours
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in Transformers; a `vit` is a DeiT without distillation token."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return _vit_as_deit(config_dict), kwargs
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """As in Transformers; keys that only we know and stock did not write take stock's behaviour."""
-        loaded = super().from_dict(STOCK_VALUES | config_dict, **kwargs)
-        # Keyword arguments are set after construction: `from_pretrained(..., image_size=385)` must not get through.
-        (loaded[0] if isinstance(loaded, tuple) else loaded).check()
+        config_dict = STOCK_VALUES | _vit_as_deit(config_dict)
+        if kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or ())):
+            config_dict = {key: value for key, value in config_dict.items() if key not in ("id2label", "label2id")}
+        loaded = super().from_dict(config_dict, **kwargs)
+        # Keyword arguments are set after construction: `from_pretrained(..., image_size=385)` must not get through,
+        # and new class names must not stand beside the file's label2id.
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.check()
+        if "id2label" in kwargs:
+            config.label2id = {name: index for index, name in config.id2label.items()}
         return loaded
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers, and of type `vit` where there is no distillation token."""
+        fields = super().to_dict()
+        if not self.use_distillation_token:
+            fields["model_type"] = "vit"
+        return fields
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -149,3 +188,20 @@ class DeiTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         if self.head_fusion not in HEAD_FUSIONS:
             raise ValueError(f"head_fusion is {self.head_fusion!r}; choose one of {', '.join(HEAD_FUSIONS)}")
+
+
+class ViTOrPlainDeiTConfig(ViTConfig):
+    """Type `vit` to the Auto classes: stock's ViTConfig itself, except from a config.json that a plain DeiT wrote."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> ViTConfig:
+        return ViTConfig(*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """A DeiTConfig where the file has our key, else stock's."""
+        config_class = DeiTConfig if "use_distillation_token" in config_dict else ViTConfig
+        return config_class.from_dict(config_dict, **kwargs)
+
+
+# The Auto classes pass over the remote code of a repository whose type is registered from outside Transformers.
+ViTOrPlainDeiTConfig.__module__ = ViTConfig.__module__

@@ -2,14 +2,14 @@
 
 The order of the views, the batch's way on the device, the loss with the teacher's answer in it, the parameter groups,
 the accuracy of the three heads. The numbers come from distillation_config.py, the mathematics from losses.py and
-mixing.py.
+mixing.py; the card and the Hub are in publishing.py.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from .losses import distillation_loss
 from .metrics import TopKAccuracy, three_head_accuracy
 from .mixing import Mixing, normalize
 from .plots import plot_run
+from .publishing import Publishing, UnwrittenToken, hub_failures_told
+from .recipe import DataArguments
 from .repeated_augmentation import RepeatedAugmentationSampler
 from .views import collate_views
 
@@ -39,7 +41,7 @@ NOT_DECAYED = (r"bias", r"(^|\.)[a-z_]*norm[a-z_]*(\.|$)", r"cls_token", r"posit
 TOP_K = 5
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(Publishing, Trainer):
     """Trains an image classifier, with or without a teacher.
 
     Args:
@@ -51,11 +53,13 @@ class DistillationTrainer(Trainer):
             `(batch, 3, height, width)`, uint8 or normalised float32, and `labels` `(batch,)` int64.
         eval_dataset: [`EvalViews`], or the like.
         mean, std: per channel, to normalise uint8 pixels with; by default the processing_class's.
+        data_args: what the images are called, for the model card.
+        command: words of the command line that started the run, for the model card.
         **kwargs: as for `Trainer`.
 
     Raises:
         ValueError: the distillation type needs a teacher and there is none; the model's distillation head would learn
-            nothing; the batch is larger than the training set.
+            nothing; the batch is larger than the training set; with `push_to_hub`, the Hub does not let us write.
         FloatingPointError: the loss or a gradient is not finite.
     """
 
@@ -73,9 +77,14 @@ class DistillationTrainer(Trainer):
         std: tuple[float, float, float] | None = None,
         data_collator: Callable = collate_views,
         compute_metrics: Callable = three_head_accuracy,
+        data_args: DataArguments | None = None,
+        command: Sequence[str] = (),
         **kwargs,
     ):
-        super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
+        if args.hub_token is not None:
+            args.hub_token = UnwrittenToken(args.hub_token)
+        with hub_failures_told(args, lambda: "Training has not begun: mend it first"):
+            super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
         self._check_heads_and_teacher(teacher)
         self.teacher = teacher.to(args.device) if teacher is not None else None
         if mean is None or std is None:
@@ -89,6 +98,10 @@ class DistillationTrainer(Trainer):
             self.add_callback(self.ema)
         self._loss_sums: dict[str, Tensor] = {}
         self._batches_summed = 0
+        self.data_args = data_args or DataArguments(dataset_name=None)
+        self.command = command
+        self._accuracy: dict[str, float] = {}
+        self._teacher_accuracy: dict[str, float] = {}
 
     def _check_heads_and_teacher(self, teacher: nn.Module | None) -> None:
         kind = self.args.distillation_type
@@ -159,6 +172,7 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Tensor | tuple[Tensor, object]:
         """The paper's loss of one batch of views; its parts are logged by name. `num_items_in_batch` is not used."""
+        self._accuracy = {}  # of the weights before this step, so no longer the model's
         if "bad_images" in inputs:
             self.bad_images.record(inputs.pop("bad_images"))
         view_seeds = inputs.get("view_seeds")
@@ -211,10 +225,13 @@ class DistillationTrainer(Trainer):
         """Trains, evaluates the student and its teacher, and leaves everything a run leaves in `output_dir`.
 
         That is model.safetensors, config.json, preprocessor_config.json, README.md (the card), all_results.json,
-        trainer_state.json and report.png.
+        trainer_state.json and report.png; with `push_to_hub` they go to the Hub last of all.
 
         Returns:
             What all_results.json holds: Trainer's names, `eval_top1` and so on as fractions in [0, 1].
+
+        Raises:
+            ValueError: the upload failed; everything else is done.
         """
         if self.is_world_process_zero():
             print(self.banner(), flush=True)
@@ -222,7 +239,7 @@ class DistillationTrainer(Trainer):
         if resume is None:
             self.bad_images.forget()
         train_metrics = self.train(resume_from_checkpoint=True if resume == "True" else resume).metrics
-        self.save_model()
+        self.save_model(_internal_call=True)  # else it would be uploaded here, before there are results
         if self.bad_images:
             train_metrics["bad_images"] = len(self.bad_images)
         self.save_metrics("train", train_metrics)
@@ -239,6 +256,8 @@ class DistillationTrainer(Trainer):
                 teacher_top1=metrics.get("teacher_top1"),
             )
             print(accuracy_table(metrics), f"everything is in {self.args.output_dir}", sep="\n", flush=True)
+        if self.args.push_to_hub:
+            self.push_to_hub()
         return train_metrics | metrics
 
     def banner(self) -> str:
@@ -294,6 +313,8 @@ class DistillationTrainer(Trainer):
         if self.ema is not None and self.ema.average:
             with self.ema.averaged_weights(self.model):
                 metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema")
+        if eval_dataset is None and metric_key_prefix == "eval":
+            self._accuracy = metrics
         return metrics
 
     @torch.no_grad()
@@ -307,7 +328,12 @@ class DistillationTrainer(Trainer):
             best_classes.append(gathered[0].cpu())
             labels.append(gathered[1].cpu())
         accuracy = TopKAccuracy().compute(predictions=torch.cat(best_classes), references=torch.cat(labels))
-        return {f"teacher_{name}": value for name, value in accuracy.items()}
+        self._teacher_accuracy = {f"teacher_{name}": value for name, value in accuracy.items()}
+        return self._teacher_accuracy
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._accuracy = {}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -11,16 +11,27 @@ Source: the paper, sections 3 to 5; facebookresearch/deit models.py; transformer
 from __future__ import annotations
 
 import copy
+import logging
 import math
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,13 +39,19 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_deit import DeiTConfig, as_pair
+from .configuration_deit import DeiTConfig, ViTOrPlainDeiTConfig, as_pair
 from .losses import distillation_loss
 
+
+logger = logging.getLogger(__name__)
 
 LABEL_SMOOTHING = 0.1  # Table 9
 # Where a checkpoint lives on the Hub; what finds its weights finds its config.json.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# What a checkpoint and a network may have one without the other: heads, stock's pooler, the distillation token, and
+# the mask token and decoder of stock's masked-image model.
+HEADS = re.compile(r"^(cls_|distillation_)?classifier\.")
+OPTIONAL = re.compile(rf"{HEADS.pattern}|(^|\.)pooler\.|(^|\.)(distillation_token|mask_token)$|^decoder\.")
 
 
 def resample_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -264,6 +281,34 @@ class DeiTPooler(nn.Module):
         return self.activation(self.dense(hidden_states[:, 0]))
 
 
+@contextmanager
+def hold_loading_report() -> Iterator[None]:
+    """Keep Transformers' table of what did not match to ourselves, unless loading fails."""
+    loader, held = logging.getLogger("transformers.modeling_utils"), []
+
+    def hold(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in str(record.msg)
+        if is_report:
+            held.append(record)
+        return not is_report
+
+    loader.addFilter(hold)
+    try:
+        yield
+    except Exception:
+        loader.removeFilter(hold)
+        for record in held:
+            loader.handle(record)
+        raise
+    finally:
+        loader.removeFilter(hold)
+
+
+def names_of(names: Iterable[str]) -> str:
+    """Sorted, with commas; those that differ only by the number of the layer once."""
+    return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
+
+
 class DeiTPreTrainedModel(PreTrainedModel):
     """What the three DeiT classes share: init, loading, resizing."""
 
@@ -281,6 +326,12 @@ class DeiTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DeiTLayer, "attentions": DeiTAttention}
     _input_embed_layer = "patch_embeddings"
+    _head_names: dict[str, str] = {}  # another class's name of the class head, to ours
+
+    def __init__(self, config: DeiTConfig):
+        super().__init__(config)
+        if not config.use_distillation_token:
+            self.base_model_prefix = "vit"  # its name on the Hub
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -306,30 +357,141 @@ class DeiTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """As in Transformers. An `image_size` that is not the checkpoint's resizes the positions in the weights.
+        """As in Transformers, from any DeiT or ViT checkpoint, ours or stock's, whatever heads it has.
 
-        Load a plain DeiT of the Hub (model type `vit`, no distillation token) into [`DeiTForImageClassification`] with
-        `use_distillation_token=False, key_mapping={"^vit\\.": "deit."}`.
+        These may differ from the checkpoint: `image_size` (the positions in the weights are resized); `num_labels` or
+        `id2label` (new heads); the class and `use_distillation_token` (the class head stays, the distillation token,
+        its position and its head are new or dropped). One logged line says what is new and what is not used.
+
+        Raises:
+            ValueError: for weights that do not fit otherwise, by name, also with `ignore_mismatched_sizes=True`. With
+                `output_loading_info=True` those that are missing or left over are the caller's to judge.
         """
-        given = isinstance(config, PreTrainedConfig)
-        image_size = config.image_size if given else kwargs.pop("image_size", None)
-        if image_size is None or pretrained_model_name_or_path is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        # Only the checkpoint's own config.json knows its grid: a number of positions does not tell rows from columns.
-        source = pretrained_model_name_or_path if given or config is None else config
+        source, given = pretrained_model_name_or_path, isinstance(config, PreTrainedConfig)
         where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        try:
-            stored, _ = DeiTConfig.get_config_dict(source, **where)
-        except OSError:
-            if not given:
-                raise
-            stored = {}  # weights alone, described by the config that came with the call
         if given:
-            config = copy.deepcopy(config)
+            config = DeiTConfig.from_stock(config)
+            image_size, num_heads = config.image_size, config.num_attention_heads
+        else:
+            image_size, num_heads = kwargs.pop("image_size", None), kwargs.get("num_attention_heads")
+        stored = {}
+        if source is not None and (image_size or num_heads):
+            # The shapes of the weights tell neither rows from columns nor the number of heads; config.json does.
+            try:
+                stored, _ = DeiTConfig.get_config_dict(source if given or config is None else config, **where)
+            except OSError:
+                if not given:
+                    raise  # else: weights alone, described by the config that came with the call
+        if num_heads and num_heads != stored.get("num_attention_heads", num_heads):
+            raise ValueError(
+                f"num_attention_heads is {num_heads}, but {source} was trained with {stored['num_attention_heads']}: "
+                "its weights would compute something else. Leave num_attention_heads out"
+            )
+        if given:
             config.image_size = stored.get("image_size", image_size)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).resize_position_embeddings(image_size)
-        return loaded
+        # Our names are the Hub's; the loader adds the prefix of the class.
+        names = {r"^(?:deit|vit)\.": "", **cls._head_names, **(kwargs.pop("key_mapping", None) or {})}
+        with_report = kwargs.pop("output_loading_info", False)
+        # Shapes are judged below, stricter than Transformers: its flag would let any weight start afresh.
+        kwargs |= {"key_mapping": names, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        with hold_loading_report():
+            model, report = super().from_pretrained(source, *model_args, config=config, **kwargs)
+        # Or saving would rename back what loading has renamed.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [each for each in conversions if not isinstance(each, WeightRenaming)] or None
+        if model._account_for(report, source, only_shapes=with_report):
+            files = where | {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
+            model._take_positions(source, key_mapping=names, **files)
+        if image_size:
+            model.resize_position_embeddings(image_size)
+        return (model, report) if with_report else model
+
+    def _account_for(self, report: dict[str, set], source: str | None, only_shapes: bool) -> bool:
+        """Log one line of what is new and what is not used; refuse what must not be, or only shapes that do not fit.
+
+        Returns:
+            Whether the positions are still to be taken over, without or with one for the distillation token.
+        """
+        new, unused = set(report["missing_keys"]), set(report["unexpected_keys"])
+        shapes = {name: (tuple(stored), tuple(own)) for name, stored, own in report["mismatched_keys"]}
+        positions = {name for name in shapes if name.endswith("position_embeddings")}
+        if source is None or not any(name.endswith("distillation_token") for name in new | unused):
+            positions = set()
+        new_heads = {name for name, (old, own) in shapes.items() if HEADS.search(name) and old[1:] == own[1:]}
+        misfits = {
+            "missing": names_of(name for name in new if not OPTIONAL.search(name)),
+            "not in the network": names_of(name for name in unused if not OPTIONAL.search(name)),
+            "of another shape": names_of(
+                f"{name} {old} instead of {own}"
+                for name, (old, own) in shapes.items()
+                if name not in new_heads | positions
+            ),
+        }
+        if misfits["of another shape"] or any(misfits.values()) and not only_shapes:
+            raise ValueError(
+                f"the weights of {source or 'the state dict'} do not fit {type(self).__name__} with this config: "
+                + "; ".join(f"{what}: {names}" for what, names in misfits.items() if names)
+                + ". Of a checkpoint's config only num_labels, image_size and use_distillation_token can be changed"
+            )
+        new |= new_heads
+        if positions:
+            (new if self.config.use_distillation_token else unused).add("the distillation token's position")
+        if new or unused:
+            lines = {"new, not trained": names_of(new), "not used": names_of(unused)}
+            text = "; ".join(f"{what}: {names}" for what, names in lines.items() if names)
+            logger.warning("%s from %s: %s", type(self).__name__, source or "a state dict", text)
+        return bool(positions)
+
+    @torch.no_grad()
+    def _take_positions(self, source: str, **kwargs) -> None:
+        """Those of the class token and the patches, from a checkpoint with one token more or less."""
+        config = copy.deepcopy(self.config)
+        config.use_distillation_token = not config.use_distillation_token
+        with hold_loading_report():
+            other = super(DeiTPreTrainedModel, DeiTModel).from_pretrained(
+                source, config=config, add_pooling_layer=False, **kwargs
+            )
+        old, new = other.embeddings.position_embeddings, self.base_model.embeddings.position_embeddings
+        new[:, :1] = old[:, :1]
+        new[:, self.config.num_prefix_tokens :] = old[:, config.num_prefix_tokens :]
+
+    @classmethod
+    def from_original(
+        cls, checkpoint: str | os.PathLike | Mapping[str, Tensor], *, image_size=None, **config
+    ) -> DeiTPreTrainedModel:
+        """A classifier from a checkpoint of the authors or timm (or the Hub), in evaluation mode.
+
+        Args:
+            checkpoint: file, directory, Hub id or state dict; [`read_checkpoint`] says what is read, what is inferred
+                and why the fusion of two heads is the mean of their logits unless `head_fusion` is given.
+            image_size: pixels, side or `(height, width)`: resize the positions to it.
+            config: other fields of [`DeiTConfig`], such as `num_attention_heads` or `id2label`.
+
+        Raises:
+            ValueError: for what cannot be read without running code, for tensors that are missing, unexpected or of
+                another shape, and for one head where this class has two, or the reverse.
+        """
+        from .checkpoint_conversion import read_checkpoint
+
+        found = read_checkpoint(checkpoint, image_size=image_size, **config)
+        distilled = found.config.use_distillation_token
+        wanted = DeiTForImageClassificationWithTeacher if distilled else DeiTForImageClassification
+        if not issubclass(cls, wanted):
+            heads = "two heads and a distillation token" if distilled else "one head and no distillation token"
+            raise ValueError(f"the checkpoint has {heads}: use {wanted.__name__}.from_original, not {cls.__name__}'s")
+        model = cls.from_pretrained(None, config=found.config, state_dict=found.weights)
+        if image_size is not None:
+            model.resize_position_embeddings(image_size)
+        return model
+
+    def to_original(self) -> dict[str, Tensor]:
+        """The classifier's state dict under the names of the authors and timm; see [`original_weights`].
+
+        `torch.save({"model": model.to_original()}, "deit.pth")` is a file for the authors' code.
+        """
+        from .checkpoint_conversion import original_weights
+
+        return original_weights(self.state_dict(), self.config)
 
     def resize_position_embeddings(self, image_size: int | tuple[int, int]) -> None:
         """Make the model one for images of `image_size` pixels: side or `(height, width)`.
@@ -463,13 +625,15 @@ class DeiTForImageClassification(DeiTPreTrainedModel):
     """One linear head on the class token.
 
     With `use_distillation_token=True` (the default) it is stock's class of this name and loads there. Without, it is
-    the plain DeiT of Table 1, a ViT: stock's `ViTForImageClassification.from_pretrained` loads it with
-    `key_mapping={"^deit\\.": "vit."}`.
+    the plain DeiT of Table 1, in memory and on disk a ViT (`model.vit`): what it saves, stock loads as
+    `ViTForImageClassification`.
     """
+
+    _head_names = {r"^cls_classifier\.": "classifier."}
 
     def __init__(self, config: DeiTConfig):
         super().__init__(config)
-        self.deit = DeiTModel(config, add_pooling_layer=False)
+        setattr(self, self.base_model_prefix, DeiTModel(config, add_pooling_layer=False))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -500,7 +664,7 @@ class DeiTForImageClassification(DeiTPreTrainedModel):
             ValueError: for images or labels of the wrong shape or range.
         """
         recorded = self._recorded(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
-        outputs = self.deit(pixel_values, interpolate_pos_encoding, **recorded)
+        outputs = self.base_model(pixel_values, interpolate_pos_encoding, **recorded)
         logits = self.classifier(outputs.last_hidden_state[:, 0])
         return ImageClassifierOutput(
             loss=self._loss(logits, None, labels, teacher_logits),
@@ -536,6 +700,15 @@ class DeiTForImageClassificationWithTeacher(DeiTPreTrainedModel):
     The teacher itself is not in here, only the head that it taught. Stock's class of this name loads what this one
     saves, with equal `cls_logits` and `distillation_logits`; its `logits` are their mean, whatever `head_fusion` is.
     """
+
+    _head_names = {r"^classifier\.": "cls_classifier."}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """See [`DeiTPreTrainedModel.from_pretrained`]; a plain checkpoint gets a new distillation token."""
+        if not isinstance(config, PreTrainedConfig):
+            kwargs.setdefault("use_distillation_token", True)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     def __init__(self, config: DeiTConfig):
         super().__init__(config)
@@ -589,16 +762,19 @@ class DeiTForImageClassificationWithTeacher(DeiTPreTrainedModel):
 
 
 def register_auto_classes() -> None:
-    """Make the Auto classes return ours for model type `deit`; importing hf_deit calls this.
+    """Make the Auto classes return ours for model type `deit`, and for a `vit` that is a plain DeiT of ours.
+
+    Importing hf_deit calls this.
 
     Raises:
         RuntimeError: if the registration did not take (some 5.x releases of Transformers ignore it silently).
     """
     classifiers = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
-    # exist_ok, because the type is stock's as well.
+    # exist_ok, because the types are stock's as well.
     AutoConfig.register("deit", DeiTConfig, exist_ok=True)
     AutoModel.register(DeiTConfig, DeiTModel, exist_ok=True)
     AutoModelForImageClassification.register(DeiTConfig, classifiers, exist_ok=True)
+    AutoConfig.register("vit", ViTOrPlainDeiTConfig, exist_ok=True)
     registered = (
         type(AutoConfig.for_model("deit")),
         AutoModel._model_mapping.get(DeiTConfig, None),

@@ -41,7 +41,8 @@ class DataArguments:
     max_eval_samples: int | None = _option(None, "Evaluate on a random subset of this many images.")
     image_size: int = _option(224, "Side of the square views, pixels.")
     crop_ratio: float | None = _option(
-        None, "Evaluation: share of the shorter side that the centre crop keeps. Unset: 0.875, and 1 up to 32 pixels."
+        None,
+        "Evaluation: share of the shorter side that the centre crop keeps. Unset: 0.875; 1 up to 32 px and from 384.",
     )
 
     def loading(self) -> dict:
