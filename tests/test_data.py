@@ -335,3 +335,58 @@ def test_class_names_that_differ_between_the_splits_are_refused(tmp_path, pictur
         rows.to_parquet(str(tmp_path / f"{split}.parquet"))
     with pytest.raises(ValueError, match="the classes of train .2. and test .2. differ; both need the same"):
         load_image_dataset(str(tmp_path))
+
+
+# Streams
+
+
+def parquet_set(folder, picture, labels, feature):
+    """train in two files and test in one; the images are told apart by their colour."""
+    features = datasets.Features({"photo": datasets.Image(), "label": feature})
+    for name, rows in (("train-00000", labels[:3]), ("train-00001", labels[3:]), ("test", labels)):
+        images = [{"bytes": picture((number, 0, len(name))), "path": None} for number in range(len(rows))]
+        datasets.Dataset.from_dict({"photo": images, "label": rows}, features).to_parquet(
+            str(folder / f"{name}.parquet")
+        )
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [
+        ([0, 1, 1, 0, 1], datasets.ClassLabel(names=["cat", "dog"])),
+        ([10, 2, 2, 10, 7], datasets.Value("int64")),
+        (["dog", "cat", "dog", "dog", "cat"], datasets.Value("string")),
+    ],
+    ids=["named", "numbers", "words"],
+)
+def test_a_streamed_directory_is_the_loaded_one(tmp_path, picture, labels, feature):
+    parquet_set(tmp_path, picture, labels, feature)
+    loaded, streamed = (load_image_dataset(str(tmp_path), streaming=streaming) for streaming in (False, True))
+    assert type(streamed["train"]).__name__ == "StreamedImages" and list(streamed) == ["train", "eval"]
+    for part in ("train", "eval"):
+        assert list(streamed[part]) == list(loaded[part])
+        assert streamed[part].features["label"].names == loaded[part].features["label"].names
+    cut = load_image_dataset(str(tmp_path), streaming=True, max_train_samples=4, max_eval_samples=2)
+    assert (len(cut["train"]), len(cut["eval"])) == (4, 2)
+    assert [cut["train"][index] for index in range(4)] == [loaded["train"][index] for index in range(4)]
+
+
+def test_streamed_labels_without_names_need_the_evaluation_images(tmp_path, picture):
+    parquet_set(tmp_path, picture, ["a", "b", "a", "b", "a"], datasets.Value("string"))
+    with pytest.raises(ValueError, match="labels of the streamed files have no names.*load both splits"):
+        load_image_dataset(str(tmp_path), streaming=True, splits=("train",))
+
+
+def test_image_files_are_read_where_they_are_streamed_or_not(tmp_path, picture):
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "1.png").write_bytes(picture())
+    images = load_image_dataset(str(tmp_path), streaming=True)
+    assert images["train"][0]["image"] == {"bytes": None, "path": str(tmp_path / "train" / "cat" / "1.png")}
+
+
+def test_tar_shards_cannot_be_streamed(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}-0000.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds tar shards.*only parquet files are streamed"):
+        load_image_dataset(str(tmp_path), streaming=True)
