@@ -92,11 +92,7 @@ def load_image_dataset(
         if limit is not None and limit < 1:
             raise ValueError(f"max_{part}_samples is {limit}; use a positive number, or leave it out for all images")
 
-    files = _find_parquet_files(name, data_dir, entry) if streaming else None
-    if files is None:
-        available = _find(name, data_dir, category_level, entry)
-    else:
-        available = {split: partial(_from_shards, "parquet", split, paths) for split, paths in files.items()}
+    available, files = _find(name, data_dir, category_level, entry, streaming)
     asked = {"train": train_split, "eval": eval_split}
     used = {part: asked[part] or split for part, split in _default_splits(available, entry, eval_split).items()}
     columns = (image_column, label_column)
@@ -137,7 +133,10 @@ def load_image_dataset(
 # --- where the images are ----------------------------------------------------------------------------------------
 
 
-def _find(name: str, data_dir: str | None, category_level: str | None, entry: RegisteredDataset | None) -> Splits:
+def _find(
+    name: str, data_dir: str | None, category_level: str | None, entry: RegisteredDataset | None, streaming: bool
+) -> tuple[Splits, dict[str, list[str]] | None]:
+    """The splits; with `streaming`, the files of each too, unless images are files of their own."""
     if category_level is not None and not name.startswith("inat"):
         raise ValueError(f"category_level is for inat18 and inat19; {name!r} has one level of classes")
     if data_dir is not None and entry is None:
@@ -148,53 +147,29 @@ def _find(name: str, data_dir: str | None, category_level: str | None, entry: Re
     if entry is not None and not entry.layout.markers:
         if data_dir is not None:
             raise ValueError(f"{name!r} is {entry.layout.description} and needs no data_dir: leave it out")
-        return _from_layout(entry, None, None)
+        return _from_layout(entry, None, None), None
     directory = Path(data_dir or name).expanduser()
     if directory.is_dir():
         root = entry.layout.find(directory) if entry is not None else None
         if root is not None:
-            return _from_layout(entry, root, category_level)
+            return _from_layout(entry, root, category_level), None
         if category_level is not None:
             raise ValueError(
                 f"category_level needs the official files in {str(directory)!r}: {entry.layout.description}"
             )
-        found = _find_in_directory(directory)
-        if found is None:
-            official = f", or the official layout: {entry.layout.description}" if entry is not None else ""
-            raise ValueError(
-                f"no images found in {str(directory)!r}: expected parquet files such as train.parquet and "
-                "test.parquet, tar shards such as train-0000.tar and val-0000.tar, or folders such as "
-                f"train/<class>/<image>.jpg and val/<class>/<image>.jpg{official}"
-            )
-        return found
+        return _find_in_directory(directory, entry, streaming)
     if data_dir is not None:
         raise ValueError(f"data_dir {data_dir!r} is no directory")
-    rows = _from_hub(datasets.load_dataset, name, entry)
-    return {split: partial(rows.__getitem__, split) for split in rows}
-
-
-def _find_parquet_files(
-    name: str, data_dir: str | None, entry: RegisteredDataset | None
-) -> dict[str, list[str]] | None:
-    """The files of each split, for a set that can be streamed; None for images that are files of their own."""
-    directory = Path(data_dir or name).expanduser()
-    if directory.is_dir():
-        if files := local_layouts.find_shards(directory, ".parquet", everywhere=True):
-            return files
-        if local_layouts.find_shards(directory, ".tar", everywhere=True):
-            raise ValueError(
-                f"{str(directory)!r} holds tar shards, which can only be read from their start: only parquet files "
-                "are streamed. With streaming: false they are copied once into datasets' cache"
-            )
-        return None
-    if data_dir is not None or (entry is not None and entry.hub_id is None):
-        return None
+    if not streaming:
+        rows = _from_hub(datasets.load_dataset, name, entry)
+        return {split: partial(rows.__getitem__, split) for split in rows}, None
     files = _from_hub(datasets.load_dataset_builder, name, entry).config.data_files or {}
     if not files or not all(str(path).endswith(".parquet") for paths in files.values() for path in paths):
         raise ValueError(
             f"{name!r} is not stored in parquet files on the Hub, and only these are streamed; use streaming: false"
         )
-    return {str(split): [str(path) for path in paths] for split, paths in files.items()}
+    files = {str(split): [str(path) for path in paths] for split, paths in files.items()}
+    return _splits_of_shards("parquet", files), files
 
 
 def _stream(
@@ -260,7 +235,9 @@ def _from_layout(entry: RegisteredDataset, root: Path | None, category_level: st
     }
 
 
-def _find_in_directory(directory: Path) -> Splits | None:
+def _find_in_directory(
+    directory: Path, entry: RegisteredDataset | None, streaming: bool
+) -> tuple[Splits, dict[str, list[str]] | None]:
     # The cheap looks come first: below a directory may lie a million images.
     files = local_layouts.find_shards(directory, ".parquet")
     if not files and (folders := local_layouts.find_image_folders(directory)):
@@ -268,12 +245,26 @@ def _find_in_directory(directory: Path) -> Splits | None:
         return {
             split: partial(_from_lists, partial(local_layouts.read_image_folders, folder, train), split)
             for split, folder in folders.items()
-        }
+        }, None
     if files := files or local_layouts.find_shards(directory, ".parquet", everywhere=True):
-        return {split: partial(_from_shards, "parquet", split, paths) for split, paths in files.items()}
+        return _splits_of_shards("parquet", files), files if streaming else None
     if files := local_layouts.find_shards(directory, ".tar", everywhere=True):
-        return {split: partial(_from_shards, "webdataset", split, paths) for split, paths in files.items()}
-    return None
+        if streaming:
+            raise ValueError(
+                f"{str(directory)!r} holds tar shards, which can only be read from their start: only parquet files "
+                "are streamed. With streaming: false they are copied once into datasets' cache"
+            )
+        return _splits_of_shards("webdataset", files), None
+    official = f", or the official layout: {entry.layout.description}" if entry is not None else ""
+    raise ValueError(
+        f"no images found in {str(directory)!r}: expected parquet files such as train.parquet and test.parquet, tar "
+        "shards such as train-0000.tar and val-0000.tar, or folders such as train/<class>/<image>.jpg and "
+        f"val/<class>/<image>.jpg{official}"
+    )
+
+
+def _splits_of_shards(kind: str, files: Mapping[str, list[str]]) -> Splits:
+    return {split: partial(_from_shards, kind, split, paths) for split, paths in files.items()}
 
 
 def _from_shards(kind: str, split: str, paths: list[str]) -> datasets.Dataset:

@@ -134,7 +134,8 @@ class DistillationTrainer(Publishing, Trainer):
             block_sizes=getattr(dataset, "block_sizes", None),
             shuffle_buffer_size=self.args.shuffle_buffer_size,
         )
-        self._warn_of_repeated_reading(sampler)
+        if sampler.block_sizes is not None and self.is_world_process_zero():
+            self._warn_of_repeated_reading(sampler)
         return sampler
 
     def _warn_of_repeated_reading(self, sampler: RepeatedAugmentationSampler) -> None:
@@ -142,7 +143,7 @@ class DistillationTrainer(Publishing, Trainer):
         readers = sampler.readers_of_a_block(
             args.world_size, args.dataloader_num_workers, args.gradient_accumulation_steps
         )
-        if sampler.block_sizes is not None and readers > 1 and self.is_world_process_zero():
+        if readers > 1:
             logger.warning(
                 "streaming: each block of %d images on average will be read by %d loader workers, as the %d blocks of "
                 "the training set make %d lanes for %d processes x %d workers. Nothing is shown twice for it; 1, 2, 4 "
