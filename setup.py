@@ -29,8 +29,9 @@ INSTALL = [
     "scikit-learn",  # holds the quickstart's digits
     "simplejpeg",
 ]
+EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 TENSORBOARD = ["tensorboard"]
-DEV = [*TENSORBOARD, "parameterized", "pytest", "pytest-xdist", "ruff"]
+DEV = [*EXPORT, *TENSORBOARD, "parameterized", "pytest", "pytest-xdist", "ruff"]
 
 setup(
     name="hf_deit",
@@ -45,5 +46,5 @@ setup(
     packages=find_packages("src"),
     package_data={"hf_deit": ["*.md"]},
     install_requires=INSTALL,
-    extras_require={"dev": DEV, "tensorboard": TENSORBOARD},
+    extras_require={"dev": DEV, "export": EXPORT, "tensorboard": TENSORBOARD},
 )
