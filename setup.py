@@ -27,6 +27,7 @@ INSTALL = [
     "pyyaml",
     "safetensors",
     "scikit-learn",  # holds the quickstart's digits
+    "scipy",
     "simplejpeg",
 ]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]

@@ -30,7 +30,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--class_names", help="text file, one name a line in the order of the classes")
     parser.add_argument("--num_attention_heads", type=int, help="where the width does not tell: not Ti, S, B or ViT-L")
     parser.add_argument("--head_fusion", help="'logits' (the authors' code, default), 'softmax' (the paper), ...")
-    parser.add_argument("--crop_ratio", type=float, help="evaluation: 0.875, and 1 at 384 pixels, if not given")
+    parser.add_argument(
+        "--crop_ratio", type=float, help="evaluation; if not given 0.875, and 1 up to 32 and from 384 pixels"
+    )
     pixels = "per channel, of pixels in [0, 1]: SRC's if it says so, else ImageNet's; many timm vit_* have 0.5 0.5 0.5"
     parser.add_argument("--image_mean", type=float, nargs=3, help=pixels)
     parser.add_argument("--image_std", type=float, nargs=3)
@@ -60,9 +62,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3. Write
     if args.to == "hub":
-        image_size = model.config.image_size
-        crop_ratio = 1.0 if args.crop_ratio is None and image_size == 384 else args.crop_ratio
-        processor = build_image_processor(build_eval_transform(image_size, crop_ratio=crop_ratio))
+        transform = build_eval_transform(model.config.image_size, crop_ratio=args.crop_ratio)
+        processor = build_image_processor(transform)
         processor.image_mean = args.image_mean or image_mean or list(IMAGENET_MEAN)
         processor.image_std = args.image_std or image_std or list(IMAGENET_STD)
         model.save_pretrained(args.destination)

@@ -30,6 +30,7 @@ from hf_deit import (
 
 
 RECIPES = Path(__file__).parent
+KINDS = (ModelArguments, DataArguments, DistillationConfig)
 
 
 def build_student(model_args: ModelArguments, image_size: int, id2label: dict[int, str]):
@@ -49,9 +50,7 @@ def build_student(model_args: ModelArguments, image_size: int, id2label: dict[in
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     # 1. What to do
-    model_args, data_args, training_args = parse_recipe(
-        (ModelArguments, DataArguments, DistillationConfig), argv, RECIPES / "quickstart.yaml"
-    )
+    model_args, data_args, training_args = parse_recipe(KINDS, argv, RECIPES / "quickstart.yaml")
     needs_teacher = training_args.distillation_type in ("hard", "soft")
     if needs_teacher and model_args.teacher is None and model_args.teacher_recipe is not None:
         model_args.teacher = run_teacher.find_or_train(RECIPES / model_args.teacher_recipe, data_args)

@@ -8,7 +8,7 @@ from hf_deit.bad_images import BadImages
 
 
 def lines(directory):
-    return (directory / "bad_images.txt").read_text().splitlines()
+    return (directory / "_bad_images.txt").read_text().splitlines()
 
 
 def test_each_image_is_listed_once(tmp_path):
@@ -34,7 +34,7 @@ def test_a_line_is_a_line(tmp_path):
     ledger = BadImages(tmp_path, 10, 1)
     ledger.record([(1, "a\tb\nc\x85d\udcff", "two\r\nlines"), (2, None, "x")])
     assert len(BadImages(tmp_path, 10, 1)) == 2
-    assert (tmp_path / "bad_images.txt").read_text("utf-8").split("\n")[1].split("\t") == [
+    assert (tmp_path / "_bad_images.txt").read_text("utf-8").split("\n")[1].split("\t") == [
         "1",
         "a b c\x85d?",
         "two  lines",

@@ -178,6 +178,22 @@ def test_a_directory_of_timm_tells_its_pixels(tmp_path):
     assert torch.equal(found.weights["vit.embeddings.cls_token"], theirs.cls_token)
 
 
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_sharded_directory_is_read_whole_or_not_at_all(tmp_path, distilled):
+    model = CLASSES[distilled].from_original(random_timm(distilled, **NARROW).state_dict(), num_attention_heads=2)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert_equal(read_checkpoint(tmp_path).weights, model.state_dict())
+    shards[0].unlink()
+    with pytest.raises(ValueError, match=f"cannot read .*{shards[0].name}"):
+        read_checkpoint(tmp_path)
+    index = {"weight_map": {"one": shards[1].name}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="does not fit.* missing: .*layernorm.weight"):
+        read_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -478,7 +478,7 @@ def test_damaged_and_odd_files_train_to_the_end_and_are_accounted_for(tiny_image
     assert len(reasons) == 17
     images["train"] += images["train"][:7]  # whole ones, for three batches of eight
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "bad_images.txt").write_text("index\tpath\treason\n3\tof another run\tx\n")
+    (tmp_path / "run" / "_bad_images.txt").write_text("index\tpath\treason\n3\tof another run\tx\n")
     run = trainer(
         images,
         tmp_path / "run",
@@ -490,7 +490,7 @@ def test_damaged_and_odd_files_train_to_the_end_and_are_accounted_for(tiny_image
     )
     run.train_and_save()
     assert run.state.global_step == 6
-    listed = [line.split("\t") for line in (tmp_path / "run" / "bad_images.txt").read_text().splitlines()[1:]]
+    listed = [line.split("\t") for line in (tmp_path / "run" / "_bad_images.txt").read_text().splitlines()[1:]]
     expected = {str(tmp_path / "images" / name): reason for name, reason in reasons.items() if reason is not None}
     assert len(listed) == len(expected) == 6  # in two epochs every image was met twice, so the others were used
     for index, path, reason in listed:
@@ -506,7 +506,7 @@ def test_too_many_damaged_images_stop_the_run(tiny_images, tmp_path):
         ValueError, match=r"1 of 48 training images are damaged .*max_bad_images = 0.001.*bad_images.txt"
     ):
         run.train()
-    assert "5\t/nowhere/5.jpg\tcannot be read" in (tmp_path / "bad_images.txt").read_text()
+    assert "5\t/nowhere/5.jpg\tcannot be read" in (tmp_path / "_bad_images.txt").read_text()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -5,8 +5,12 @@ import re
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
+from hf_deit import DeiTConfig, DeiTForImageClassificationWithTeacher, build_eval_transform, build_image_processor
 from hf_deit.dataset_registry import REGISTRY
 
 
@@ -79,6 +83,36 @@ def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)\s]+)\)|\bsrc=\"([^\"]+)\"", path.read_text("utf-8"))
     local = [one or other for one, other in links if not re.match(r"[a-z]+:|#", one or other)]
     assert [link for link in local if not (path.parent / link.split("#")[0]).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_export_page_runs_as_printed(tmp_path, monkeypatch, capsys):
+    """On an untrained model of the quickstart's shape; the preprocessing equals the image processor's."""
+    text = (ROOT / "docs" / "export.md").read_text("utf-8")
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    names = {number: f"class {number}" for number in range(10)}
+    model = DeiTForImageClassificationWithTeacher(DeiTConfig(**sizes, id2label=names)).eval()
+    processor = build_image_processor(build_eval_transform(16, crop_ratio=0.8))
+    for part in (model, processor):
+        part.save_pretrained("outputs/quickstart")
+    image = Image.fromarray(load_sample_image("flower.jpg"))
+    image.save("image.jpg", quality=100)
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    import export_model
+
+    for words in re.findall(r"^python recipes/export_model.py (\S+) (\S+)$", text, re.MULTILINE):
+        export_model.main(list(words))
+    names, printed = {}, capsys.readouterr().out
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    assert printed.count("10 classes") == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[1] and lines[0].startswith("class ")
+    assert [line.split(": ")[0] for line in lines[2:]] == ["PyTorch", "my_deit.onnx", "my_deit_int8.onnx"]
+    assert lines[2].split(",")[0][9:] == lines[3].split(",")[0][14:]  # the same accuracy
+    expected = processor(Image.open("image.jpg"), return_tensors="np")["pixel_values"]
+    assert np.abs(names["pixel_values"] - expected).max() < 0.05  # a level of 255 is 0.02
 
 
 def test_the_data_page_lists_every_registered_set():

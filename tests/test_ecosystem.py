@@ -161,3 +161,10 @@ def test_the_processor_is_the_papers(tmp_path, photograph, size, shorter):
     assert tuple(processor.image_mean) == (0.485, 0.456, 0.406)
     assert tuple(processor.image_std) == (0.229, 0.224, 0.225)
     assert processor(photograph, return_tensors="pt")["pixel_values"].shape == (1, 3, size, size)
+
+
+def test_stock_vit_is_imported_after_us_without_a_word():
+    """Its documentation is written on import, from the configuration that is registered for its type: ours."""
+    program = "import hf_deit\nfrom transformers import DeiTForImageClassification, ViTForImageClassification"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "ERROR" not in done.stdout + done.stderr

@@ -24,9 +24,9 @@ LAYERS = (
         *("recipe", "model_card", "plots", "throughput", "ema", "decoding", "bad_images"),
         *("local_layouts", "streaming"),
     },
-    {"checkpoint_conversion", "dataset_registry", "views", "analysis", "distillation_config"},
-    {"modeling_deit", "data", "publishing"},
-    {"distillation_trainer"},
+    {"checkpoint_conversion", "dataset_registry", "views", "distillation_config"},
+    {"modeling_deit", "data", "publishing", "sweep"},
+    {"distillation_trainer", "evaluation", "analysis", "export"},
 )
 # The one file through which each heavy dependency comes in. (Benchmarks compare with peers, tests with references.)
 DOORS = {

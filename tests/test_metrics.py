@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import top_k_accuracy_score
 from transformers import EvalPrediction
 
-from hf_deit.metrics import HEADS, Disagreement, TopKAccuracy, three_head_accuracy
+from hf_deit.metrics import HEADS, Disagreement, ReaLAccuracy, TopKAccuracy, three_head_accuracy
 
 
 def best_of(scores: np.ndarray, k: int = 5) -> np.ndarray:
@@ -50,6 +50,26 @@ def test_top5_is_trivial_with_fewer_than_five_classes(scores_and_labels):
     assert result["top1"] < 1.0
 
 
+def test_real_accuracy_equals_a_hand_worked_example():
+    classes = [[3, 1, 0], [2, 3, 1], [0, 1, 2], [1, 0, 2], [2, 0, 1]]
+    labels = [[3], [0, 1], [], [0, 2], [3]]
+    # Of four images with labels the first is right at once, the second at its third guess, the fourth at its second.
+    result = ReaLAccuracy().compute(predictions=classes, references=labels, top_k=(1, 2, 3))
+    assert result == {"top1": 1 / 4, "top2": 2 / 4, "top3": 3 / 4}
+
+    metric = ReaLAccuracy()
+    metric.add_batch(predictions=classes[:2], references=labels[:2])
+    metric.add_batch(predictions=classes[2:], references=labels[2:])
+    assert metric.compute() == {"top1": 1 / 4, "top5": 3 / 4}
+
+
+def test_real_accuracy_with_one_label_each_is_top_k_accuracy(scores_and_labels):
+    scores, labels = scores_and_labels
+    classes = best_of(scores)
+    result = ReaLAccuracy().compute(predictions=classes, references=[[label] for label in labels])
+    assert result == TopKAccuracy().compute(predictions=classes, references=labels)
+
+
 def test_disagreement_counts_different_decisions():
     one, other = [0, 1, 2, 3, 4], [0, 1, 2, 4, 3]
     assert Disagreement().compute(predictions=one, references=other) == {"disagreement": 0.4}
@@ -63,6 +83,8 @@ def test_disagreement_counts_different_decisions():
         (TopKAccuracy, [1, 2, 3], [1, 2, 3]),
         (TopKAccuracy, [[1], [2]], [1]),
         (TopKAccuracy, np.zeros((0, 5), int), []),
+        (ReaLAccuracy, [[1], [2]], [[1]]),
+        (ReaLAccuracy, [[1], [2]], [[], []]),
         (Disagreement, [1, 2], [1]),
         (Disagreement, [], []),
     ],

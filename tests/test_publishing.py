@@ -13,6 +13,8 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from hf_deit.bad_images import FILE_NAME
+
 
 ROOT = Path(__file__).resolve().parents[1]
 UPLOADED = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
@@ -215,6 +217,9 @@ def test_a_push_fails_in_one_line_loses_nothing_and_succeeds_the_second_time(hub
         assert message.endswith(safe.format("user/tiny")) and "\n" not in message
         command = shlex.split(message.split("again: ")[1])
 
+        # The list of damaged images names places on this machine.
+        (folder / "tiny" / FILE_NAME).write_text("index\tpath\treason\n3\t/home/me/3.jpg\tempty\n")
+
         # Once is no failure. Then once more, as a new commit; the same again is none.
         hub.cut_upload_after(1000, "/store/")
         assert client(push.format("commit_message='First', license='mit'")) is None
@@ -222,6 +227,7 @@ def test_a_push_fails_in_one_line_loses_nothing_and_succeeds_the_second_time(hub
         files = hub.files("model", "user/tiny")
         assert commits[-1].title == "First" and files["model.safetensors"] == saved == weights()
         assert "license: mit" in files["README.md"].decode()
+        assert not [name for name, content in files.items() if b"/home/me" in content]
         assert files.keys() >= UPLOADED and not [name for name in files if "optimizer" in name or "check" in name]
         client("trainer.model.cls_classifier.bias.data += 1")
         assert client(push.format("commit_message='Second'")) is None

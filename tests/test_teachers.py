@@ -444,14 +444,14 @@ def test_corrupt_or_absent_weights_are_one_clear_line(tmp_path, content):
     (tmp_path / "model.safetensors").unlink()
     if content:
         (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="cannot load teacher") as caught:
+    with pytest.raises(ValueError, match="cannot load model") as caught:
         load_teacher(tmp_path, **STUDENT)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_unknown_hub_id_is_one_clear_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="cannot load teacher 'nobody/nothing'") as caught:
+    with pytest.raises(ValueError, match="cannot load model 'nobody/nothing'") as caught:
         load_teacher("nobody/nothing", **STUDENT)
     assert "\n" not in str(caught.value)
 
@@ -540,7 +540,7 @@ def test_a_directory_of_pickled_weights_is_refused_even_when_they_are_good(tmp_p
     model = save_vit(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"cannot load teacher .* no file named model\.safetensors"):
+    with pytest.raises(ValueError, match=r"cannot load model .* no file named model\.safetensors"):
         load_teacher(tmp_path, **STUDENT)
 
 
@@ -550,7 +550,7 @@ def test_a_directory_of_pickled_weights_is_refused_even_when_they_are_good(tmp_p
         ("timm:resnet18?weights=x", r"expected timm:<name>\?checkpoint=<file>, got 'weights=x'"),
         ("timm:resnet18?checkpoint=nowhere.pth", "checkpoint 'nowhere.pth' does not exist"),
         ("timm:resnet1O1", "timm has no model 'resnet1O1'; close ones are .*resnet101"),
-        (7, "cannot read a teacher from a int"),
+        (7, "cannot read a model from a int"),
         ("python:json", "expected python:<module>:<factory>"),
         ("python:no_such_module_here:build", "No module named .* PYTHONPATH"),
         ("python:json:no_such_factory", "no attribute 'no_such_factory'.* PYTHONPATH"),

@@ -12,12 +12,12 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "bad_images.txt"
+FILE_NAME = "_bad_images.txt"  # Trainer uploads no name with this underscore, and it holds paths of this machine
 HEADER = "index\tpath\treason\n"
 
 
 class BadImages:
-    """Lists each damaged image once in `bad_images.txt`, one line `index, path, reason` separated by tabs.
+    """Lists each damaged image once in `_bad_images.txt`, one line `index, path, reason` separated by tabs.
 
     The ranks of a run append to one file, and a resumed run goes on with it. `len()` is the number of images listed.
 

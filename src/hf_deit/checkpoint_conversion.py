@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from .configuration_deit import STOCK_VALUES, DeiTConfig, as_pair
-from .teachers import _read_checkpoint
+from .teachers import read_weights
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ HEAD_WIDTH, WIDTHS = 64, range(192, 1024 + 1)
 HUB_PREFIXES = ("deit.", "vit.")  # of the distilled and of the plain one, which the Hub stores as a ViT
 FILE_KEYS = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
 MOST_NAMES = 24  # of a kind in a message; only another network altogether has more
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+SHARD_INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = ("model.safetensors", SHARD_INDEX, "pytorch_model.bin")
 
 
 class Checkpoint(NamedTuple):
@@ -125,8 +126,9 @@ def read_checkpoint(
 
     Args:
         source: a `.safetensors` or `.pth` file in the authors', timm's or the Hub's names; a state dict, also within
-            `{"model": ...}`; a directory or Hub id with `config.json` and weights of type `deit`, `vit` or timm's. A
-            training checkpoint's averaged weights (`model_ema`) come first, if there are any.
+            `{"model": ...}`; a directory or Hub id with `config.json` and weights, in one file or in shards, of type
+            `deit`, `vit` or timm's. A training checkpoint's averaged weights (`model_ema`) come first, if there are
+            any.
         image_size: pixels, needed where the grid is not square: `(height, width)` of the images of this checkpoint.
             Other sizes are the caller's wish, not a property of the checkpoint, and ignored here.
         config: any field of [`DeiTConfig`]; these win over what is inferred or stored.
@@ -263,10 +265,10 @@ def _read(source) -> tuple[Mapping[str, Tensor], dict | None, tuple]:
     if path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
         return _read_file(path), None, ()
     where = str(path) if path.is_dir() else os.fspath(source)
-    stored, file = _read_json(where, "config.json"), _find(where, *WEIGHT_FILES)
+    stored = _read_json(where, "config.json")
     if "architecture" in stored:  # timm's, whose config names the network and describes its pixels
         pixels = stored.get("pretrained_cfg", {})
-        return _read_file(Path(file)), None, (pixels.get("mean"), pixels.get("std"))
+        return _read_folder(where), None, (pixels.get("mean"), pixels.get("std"))
     if stored.get("model_type") not in ("deit", "vit"):
         raise ValueError(f"{where!r} holds a model of type {stored.get('model_type')!r}; expected 'deit' or 'vit'")
     try:
@@ -276,12 +278,23 @@ def _read(source) -> tuple[Mapping[str, Tensor], dict | None, tuple]:
         processor = {}
     fields = {key: value for key, value in (STOCK_VALUES | stored).items() if key not in FILE_KEYS}
     fields["use_distillation_token"] &= stored["model_type"] == "deit"
-    return _read_file(Path(file)), fields, (processor.get("image_mean"), processor.get("image_std"))
+    return _read_folder(where), fields, (processor.get("image_mean"), processor.get("image_std"))
+
+
+def _read_folder(where: str) -> dict[str, Tensor]:
+    """Weights of a directory or Hub repository, in one file or in shards."""
+    file = Path(_find(where, *WEIGHT_FILES))
+    if file.name != SHARD_INDEX:
+        return _read_file(file)
+    weights = {}
+    for shard in set(_read_json(where, SHARD_INDEX).get("weight_map", {}).values()):
+        weights |= _read_file(Path(_find(where, shard)))
+    return weights
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
-        return _read_checkpoint(path)
+        return read_weights(path)
     except ValueError as error:
         if not isinstance(error.__cause__, pickle.UnpicklingError):
             raise

@@ -191,7 +191,11 @@ class DeiTConfig(PreTrainedConfig):
 
 
 class ViTOrPlainDeiTConfig(ViTConfig):
-    """Type `vit` to the Auto classes: stock's ViTConfig itself, except from a config.json that a plain DeiT wrote."""
+    """Type `vit` to the Auto classes: stock's ViTConfig itself, except from a config.json that a plain DeiT wrote.
+
+    Transformers looks for a checkpoint in this text when it writes the documentation of its ViT, and complains where
+    there is none: [google/vit-base-patch16-224](https://huggingface.co/google/vit-base-patch16-224).
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> ViTConfig:
         return ViTConfig(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Top-k accuracy and disagreement, as `evaluate.Metric` modules that never leave the machine.
+"""Top-k accuracy, with one label or several (ReaL), and disagreement, as `evaluate.Metric` modules without network.
 
 `evaluate.load("accuracy")` fetches its script from the network and wants all logits (40 s for the 50,000 x 1,000 of
 ImageNet's validation set). These classes are part of the package, read the few best classes of each sample instead of
@@ -78,6 +78,43 @@ class TopKAccuracy(_LocalMetric):
                 "(samples, K) class numbers, best first, and (samples,) labels, with at least one of each"
             )
         hits = classes == labels[:, None]
+        return {f"top{k}": float(hits[:, :k].any(axis=1).mean()) for k in top_k}
+
+
+class ReaLAccuracy(_LocalMetric):
+    """Share of the samples one of whose labels is among the k best classes; samples without a label do not count.
+
+    `compute(predictions, references, top_k=(1, 5))`:
+        predictions: `(samples, K)`, int, the K best classes of each sample, best first.
+        references: for each sample a list of labels, int, which may be empty.
+        top_k: the values of k. With fewer than k columns all are used.
+
+    Returns:
+        `{"top1": ..., "top5": ...}`, fractions in [0, 1].
+
+    Raises:
+        ValueError: if the shapes do not fit, or no sample has a label.
+    Source: "Are we done with ImageNet?" (arXiv 2006.07159), section 4: a prediction is right if it is one of the
+        image's reassessed labels, and images without any are left out.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Top-k accuracy of samples with any number of labels.",
+            citation="",
+            inputs_description="predictions: (samples, K) class numbers, best first; references: lists of labels.",
+            features=Features({"predictions": ListOf(Value("int64")), "references": ListOf(Value("int64"))}),
+        )
+
+    def _compute(self, predictions, references, top_k: Sequence[int] = (1, 5)) -> dict[str, float]:
+        classes, counted = np.asarray(predictions), [len(labels) > 0 for labels in references]
+        if classes.ndim != 2 or len(classes) != len(references) or not any(counted):
+            raise ValueError(
+                f"ReaL accuracy got predictions {classes.shape} and {len(references)} lists of labels, "
+                f"{sum(counted)} of them not empty; it needs (samples, K) class numbers, best first, and as many "
+                "lists, at least one of them not empty"
+            )
+        hits = np.array([np.isin(row, labels) for row, labels in zip(classes, references, strict=True)])[counted]
         return {f"top{k}": float(hits[:, :k].any(axis=1).mean()) for k in top_k}
 
 

@@ -1,6 +1,6 @@
 """The model card: README.md of a finished run, front matter for the Hub included.
 
-Pure functions of plain facts, which distillation_trainer.py collects; the text is in model_card_template.md. Nothing
+Pure functions of plain facts, which publishing.py collects; the text is in model_card_template.md. Nothing
 here measures, trains or uploads. A card goes public, so what names a place on this machine is cut to its last part.
 
 Source: the front matter is the Hub's model card specification (huggingface/hub-docs, modelcard.md).
@@ -108,7 +108,7 @@ def build_model_card(facts: CardFacts) -> ModelCard:
         dataset=public_name(facts.dataset),
         teacher=public_name(facts.teacher),
         base_model=public_name(facts.base_model),
-        two_heads=facts.head_fusion not in (None, "logits"),
+        fused_unlike_stock=facts.head_fusion not in (None, "logits"),
         loss=LOSSES[facts.distillation_type],
         settings={name: tuple(map(_shown, values)) for name, values in facts.settings.items()},
         command=public_command(facts.command, facts.processes),

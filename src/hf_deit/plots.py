@@ -1,22 +1,48 @@
-"""Pictures of a run. The only file that imports matplotlib, and without pyplot: no window, no global state touched.
+"""Pictures of a run, of an analysis and of the paper's tables.
 
-Not here: collecting the numbers. Everything drawn comes from the Trainer's own log (`trainer.state.log_history`).
-Colours are those of Okabe & Ito (2008), which colour-blind readers can tell apart; a head has one colour everywhere.
+The only file that imports matplotlib, and without pyplot: no window, no global state touched.
+
+Not here: collecting the numbers. A run's come from the Trainer's own log (`trainer.state.log_history`), an analysis'
+from analysis.py, under the same names. Colours are those of Okabe & Ito (2008), which colour-blind readers can tell
+apart; a head has one colour everywhere.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.image import AxesImage
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 
 FUSED, CLASS, DISTILLATION, TEACHER, OTHER = "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+HEAD_COLORS = {"class": CLASS, "distillation": DISTILLATION, "class+distillation": FUSED, "teacher": TEACHER}
+# Models side by side: the same palette, and a mark for whom colours do not help.
+MODEL_COLORS = (CLASS, DISTILLATION, TEACHER, OTHER, "#E69F00", "#56B4E9", FUSED)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Scales of numbers: shares begin at white, maps are even in lightness.
+SHARES, MAPS = "Blues", "viridis"
+HEADING_SIZE, TITLE_SIZE, LABEL_SIZE, TICK_SIZE = 15, 13, 12, 11
+
+# Figure 1: colour of a family, and the side of its marks on which names stand, so that close curves stay readable.
+FAMILIES = {
+    "DeiT": (CLASS, "left"),
+    "DeiT distilled": (DISTILLATION, "right"),
+    "DeiT distilled, 1000 epochs": ("#E69F00", "left"),
+    "EfficientNet": (TEACHER, "right"),
+    "RegNetY": (OTHER, "left"),
+    "ResNet": ("#56B4E9", "left"),
+    "ViT": (FUSED, "right"),
+}
 
 # log key, legend, how it is drawn; the fused line lies broad beneath the two heads it often coincides with
 LOSSES = (
@@ -55,11 +81,10 @@ def plot_run(
     if teacher_top1 is not None and not 0 <= teacher_top1 <= 1:
         raise ValueError(f"teacher_top1 is {teacher_top1}; it must be a fraction in [0, 1], for example 0.972")
 
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure = _figure(15, 4.8)
     losses, rates, accuracies = figure.subplots(1, 3)
     if title:
-        figure.suptitle(title, fontsize=15, fontweight="bold")
+        _heading(figure, title)
 
     _draw(losses, log_history, LOSSES, title="Losses", unit="nats")
     _draw(rates, log_history, RATES, title="Learning rate", unit="")
@@ -70,16 +95,14 @@ def plot_run(
         accuracies.axhline(level, color=TEACHER, linestyle=":", linewidth=2, label=f"teacher  {level:.1f} %")
     for axes in (losses, rates, accuracies):
         _finish(axes)
-
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
 def _draw(axes: Axes, log_history, lines, title: str, unit: str, percent: bool = False) -> None:
     """Draw each logged line; accuracies in percent, with marks, and their last value in the legend."""
-    axes.set_title(title, fontsize=13)
-    axes.set_ylabel(unit, fontsize=12)
-    axes.set_xlabel("epoch", fontsize=12)
+    axes.set_title(title, fontsize=TITLE_SIZE)
+    axes.set_ylabel(unit, fontsize=LABEL_SIZE)
+    axes.set_xlabel("epoch", fontsize=LABEL_SIZE)
     for key, label, style in lines:
         points = {entry["epoch"]: entry[key] for entry in log_history if key in entry and "epoch" in entry}
         if not points:
@@ -108,12 +131,497 @@ def _finish(axes: Axes) -> None:
     """Grid, frame and legend, or a word where there is nothing to show."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.tick_params(labelsize=11)
+    axes.tick_params(labelsize=TICK_SIZE)
     if not axes.lines:
-        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", va="center", fontsize=12, color="0.4")
+        axes.text(
+            0.5,
+            0.5,
+            "not logged",
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
+            fontsize=LABEL_SIZE,
+            color="0.4",
+        )
         axes.set(xticks=[], yticks=[])
         return
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if len(axes.lines) > 1:
-        axes.legend(fontsize=11, frameon=False, handlelength=2.6)
+        axes.legend(fontsize=TICK_SIZE, frameon=False, handlelength=2.6)
+
+
+# --- pictures of an analysis: each takes what the function of its subject in analysis.py returns ---------------------
+
+
+def plot_disagreement(path: str | os.PathLike, *, names, rates, images: int) -> None:
+    """Table 4 as a heat map with its numbers; the arguments are those of [`disagreement`]."""
+    values = np.array(rates)
+    labels = [_shortened(name) for name in names]
+    side, longest = max(0.72 * len(names), 3), max(map(len, labels))
+    figure = _figure(side + 2.0 + 0.085 * longest, side + 1.0 + 0.06 * longest)
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap=SHARES, vmin=0, vmax=max(values.max(), 1e-9))
+    for row, column in np.ndindex(values.shape):
+        color = "0.6" if row == column else _readable_on(image, values[row, column])
+        text = f"{values[row, column]:.3f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=TICK_SIZE, color=color)
+    axes.set_xticks(range(len(names)), labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=TICK_SIZE)
+    axes.set_yticks(range(len(names)), labels, fontsize=TICK_SIZE)
+    _heading(figure, f"Different decisions, {images:,} images")
+    _without_frame(axes)
+    _colorbar(figure, image, axes, "share of the images")
+    _save(figure, path)
+
+
+def plot_by_class(path: str | os.PathLike, *, quantity: str, classes, counts, series, lowest: int = 20) -> None:
+    """A share of the images by true class, for several heads; the arguments are those of [`agreement_by_class`].
+
+    With more than `lowest` classes: all of them in order, without names, and the lowest with names.
+
+    Args:
+        quantity: what the shares are, such as "agreement with the teacher".
+    """
+    values = 100 * np.array([one["by_class"] for one in series], dtype=float)  # None becomes NaN
+    seen = np.flatnonzero(np.array(counts) > 0)
+    many = len(seen) > lowest
+    shown = seen[np.argsort(values[:, seen].mean(axis=0), kind="stable")][:lowest] if many else seen
+    models = list(dict.fromkeys(one["model"] for one in series))
+    marks = [
+        {"color": HEAD_COLORS[one["head"]], "marker": MARKERS[models.index(one["model"]) % len(MARKERS)]}
+        for one in series
+    ]
+
+    step = 0.085  # inches from mark to mark within a class: one below the other, or equal values would hide each other
+    row_height = max(0.3, step * (len(series) + 1))
+    height = max(3.6, 1.8 + row_height * len(shown) + 0.26 * math.ceil(len(series) / 2))
+    figure = _figure(13 if many else 9.5, height)
+    *ranked, named = figure.subplots(1, 2, width_ratios=(1, 1.25)) if many else [figure.subplots()]
+    rows = np.arange(len(shown))
+    for number, (one, mark) in enumerate(zip(series, marks)):
+        label = f"{_shortened(one['label'])}  {100 * one['overall']:.1f} %"
+        shift = (number - (len(series) - 1) / 2) * step / row_height
+        named.plot(values[number, shown], rows + shift, linestyle="none", markersize=5.5, label=label, **mark)
+    named.set_yticks(rows, [f"{_shortened(classes[index])}  ({counts[index]})" for index in shown])
+    named.set_ylim(len(shown) - 0.5, -0.5)
+    named.set_xlabel(f"{quantity} (%)", fontsize=LABEL_SIZE)
+    low, high = values[:, shown].min(), values[:, shown].max()
+    margin = max(2, 0.05 * (high - low))
+    named.set_xticks([tick for tick in MaxNLocator(6).tick_values(low - margin, high + margin) if 0 <= tick <= 100])
+    named.set_xlim(low - margin, high + margin)
+    named.grid(alpha=0.25, axis="x")
+    for row in rows[:-1]:
+        named.axhline(row + 0.5, color="0.9", linewidth=0.8, zorder=0)
+    for axes in ranked:
+        for one, mark in zip(values, marks):
+            one = np.sort(one[seen])
+            ranks = np.arange(1, len(one) + 1)
+            axes.plot(ranks, one, linewidth=1.6, markersize=7, markevery=[len(one) // 4, len(one) // 2], **mark)
+        axes.set_title(f"all {len(seen):,} classes, lowest first", fontsize=TITLE_SIZE)
+        axes.set_xlabel("rank of the class, each head's own", fontsize=LABEL_SIZE)
+        axes.set_ylabel(f"{quantity} (%)", fontsize=LABEL_SIZE)
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        named.set_title(f"the {len(shown)} lowest (number of images)", fontsize=TITLE_SIZE)
+    for axes in (*ranked, named):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=TICK_SIZE)
+    _heading(figure, f"{quantity[0].upper()}{quantity[1:]}, by class{'' if many else ' (number of images)'}")
+    handles = named.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=TICK_SIZE, frameon=False)
+    _save(figure, path)
+
+
+def plot_confusion(path: str | os.PathLike, *, label: str, classes, cells, most: int = 25) -> None:
+    """Confusion matrix, or the most frequent confusions where there are more than `most` classes.
+
+    The arguments are those of [`confusion`].
+    """
+    if len(classes) > most:
+        _plot_most_confused(path, label, classes, cells, most)
+        return
+    counts = np.zeros((len(classes), len(classes)), dtype=int)
+    for true, decision, count in cells:
+        counts[true, decision] = count
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 0.52 * len(classes)
+    figure = _figure(max(6.5, side + 3.2), max(4.5, side + 1.6))
+    axes = figure.subplots()
+    # The root: one confused image in a hundred is to be seen beside the ninety-nine others.
+    image = axes.imshow(shares, cmap=SHARES, norm=PowerNorm(0.5, vmin=0, vmax=100))
+    for true, decision, count in cells:
+        color = _readable_on(image, shares[true, decision])
+        axes.text(decision, true, str(count), ha="center", va="center", fontsize=TICK_SIZE - 1, color=color)
+    names = [_shortened(name) for name in classes]
+    slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
+    axes.set_xticks(range(len(names)), names, fontsize=TICK_SIZE, **slanted)
+    axes.set_yticks(range(len(names)), names, fontsize=TICK_SIZE)
+    axes.set_xlabel("decision", fontsize=LABEL_SIZE)
+    axes.set_ylabel("true class", fontsize=LABEL_SIZE)
+    _heading(figure, f"{_shortened(label)}: images by decision")
+    _without_frame(axes)
+    bar = _colorbar(figure, image, axes, "share of the true class (%)")
+    bar.set_ticks([0, 1, 5, 10, 25, 50, 75, 100])
+    _save(figure, path)
+
+
+def _plot_most_confused(path, label: str, classes, cells, most: int) -> None:
+    totals = np.zeros(len(classes), dtype=int)
+    for true, _, count in cells:
+        totals[true] += count
+    pairs = [cell for cell in cells if cell[0] != cell[1]]
+    pairs = sorted(pairs, key=lambda cell: -cell[2] / totals[cell[0]])[:most]
+    shares = [100 * count / totals[true] for true, _, count in pairs]
+    figure = _figure(10.5, max(3, 1.2 + 0.3 * len(pairs)))
+    axes = figure.subplots()
+    axes.barh(range(len(pairs)), shares, color=CLASS, height=0.7)
+    for row, (share, (true, _, count)) in enumerate(zip(shares, pairs)):
+        axes.text(share, row, f"  {count} of {totals[true]}", va="center", fontsize=TICK_SIZE)
+    names = [f"{_shortened(classes[true])}  →  {_shortened(classes[decision])}" for true, decision, _ in pairs]
+    axes.set_yticks(range(len(pairs)), names, fontsize=TICK_SIZE)
+    axes.set_ylim(len(pairs) - 0.5, -0.5)
+    axes.set_xlim(0, 1.18 * max(shares, default=1))  # room for the numbers
+    axes.set_xlabel("share of the true class decided so (%)", fontsize=LABEL_SIZE)
+    _heading(figure, f"{_shortened(label)}: most frequent confusions, true class → decision")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=TICK_SIZE)
+    _save(figure, path)
+
+
+def plot_token_similarity(path: str | os.PathLike, *, series: Sequence[Mapping]) -> None:
+    """Cosine of class and distillation token through the layers, one line a model, ±1 standard deviation over images.
+
+    Args:
+        series: what [`token_similarity`] returns for each model, and its `model`: the name.
+    """
+    deepest = max(len(one["mean"]) for one in series)
+    figure = _figure(max(8, 3.5 + 0.5 * deepest), 5)
+    axes = figure.subplots()
+    for number, one in enumerate(series):
+        color, marker = MODEL_COLORS[number % len(MODEL_COLORS)], MARKERS[number % len(MARKERS)]
+        means, stds = np.array(one["mean"]), np.array(one["std"])
+        depths = np.arange(len(means))
+        end = f"{_shortened(one['model'])}  {one['parameters']:.2f} → {one['output_mean']:.3f}"
+        axes.plot(depths, means, color=color, marker=marker, markersize=5, linewidth=1.8, label=end)
+        axes.fill_between(depths, means - stds, means + stds, color=color, alpha=0.18, linewidth=0)
+        axes.plot(-1, one["parameters"], color=color, marker=marker, markersize=9, markeredgecolor="black")
+        axes.errorbar(
+            deepest, one["output_mean"], one["output_std"], color=color, marker=marker, markersize=9,
+            markeredgecolor="black", capsize=3,
+        )  # fmt: skip
+    steps = [str(depth) for depth in range(1, deepest)]
+    axes.set_xticks(range(-1, deepest + 1), ["learned\ntokens", "input", *steps, "output"], fontsize=TICK_SIZE)
+    axes.set_xlim(-1.5, deepest + 0.5)
+    axes.set_xlabel("after layer", fontsize=LABEL_SIZE)
+    axes.set_ylabel("cosine, mean ± 1 standard deviation", fontsize=LABEL_SIZE)
+    low = min(min(one["parameters"], one["output_mean"], *one["mean"]) for one in series)
+    axes.set_ylim(min(-0.05, low - 0.1), 1.05)
+    axes.axhline(1, color="0.6", linewidth=0.8, zorder=0)
+    _heading(figure, "Similarity of the class and the distillation token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.tick_params(labelsize=TICK_SIZE)
+    figure.legend(
+        loc="outside lower center", ncols=2, fontsize=TICK_SIZE, frameon=False, title="model, learned tokens → output"
+    )
+    _save(figure, path)
+
+
+def plot_attention(path: str | os.PathLike, *, model: str, images, captions, layer: int, layers: int, maps) -> None:
+    """Mean attention of the tokens over each image, and their rollout; the arguments are those of [`attention_maps`].
+
+    Args:
+        model: its name.
+        images: `(images, height, width, 3)`, uint8: what lies beneath.
+        captions: a line for each image.
+    """
+    columns = [
+        (token, kind, f"{token} token\n{name}")
+        for kind, name in (("mean", f"layer {layer} of {layers}, mean"), ("rollout", "rollout, all layers"))
+        for token in maps[0]
+    ]
+    figure = _figure(1.1 + 2.3 * (1 + len(columns)), 0.9 + 2.5 * len(images))
+    grid = figure.subplots(len(images), 1 + len(columns), squeeze=False)
+    for row, (pixels, caption, tokens) in enumerate(zip(images, captions, maps)):
+        grid[row, 0].imshow(pixels)
+        grid[row, 0].set_title(_shortened(caption, 25), fontsize=TICK_SIZE)
+        for axes, (token, kind, heading) in zip(grid[row, 1:], columns):
+            shown = _lay_over(axes, pixels, tokens[token][kind])
+            axes.set_title(heading if row == 0 else "", fontsize=TICK_SIZE)
+    _finish_attention(figure, grid, shown, f"{_shortened(model)}: attention to the patches")
+    _save(figure, path)
+
+
+def plot_attention_heads(
+    path: str | os.PathLike, *, model: str, images, captions, layer: int, layers: int, maps
+) -> None:
+    """The same head by head: a row for each image and token."""
+    rows = [(number, token) for number in range(len(images)) for token in maps[0]]
+    heads = len(maps[0][rows[0][1]]["heads"])
+    figure = _figure(1.9 + 1.7 * (1 + heads), 0.8 + 1.8 * len(rows))
+    grid = figure.subplots(len(rows), 1 + heads, squeeze=False)
+    for row, (number, token) in enumerate(rows):
+        grid[row, 0].imshow(images[number])
+        first = token == next(iter(maps[number]))
+        grid[row, 0].set_title(_shortened(captions[number], 19) if first else "", fontsize=TICK_SIZE)
+        grid[row, 0].set_ylabel(f"{token}\ntoken", fontsize=TICK_SIZE)
+        for head, (axes, weights) in enumerate(zip(grid[row, 1:], maps[number][token]["heads"])):
+            shown = _lay_over(axes, images[number], weights)
+            axes.set_title(f"head {head + 1}" if row == 0 else "", fontsize=TICK_SIZE)
+    _finish_attention(figure, grid, shown, f"{_shortened(model)}: attention heads, layer {layer} of {layers}")
+    _save(figure, path)
+
+
+def _lay_over(axes: Axes, pixels, weights) -> AxesImage:
+    """A map of patches over a grey image, from none to the map's own largest weight."""
+    weights = np.array(weights)
+    height, width = pixels.shape[:2]
+    axes.imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=255)
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    return axes.imshow(
+        weights / max(weights.max(), 1e-12),
+        cmap=MAPS,
+        vmin=0,
+        vmax=1,
+        alpha=0.65,
+        extent=extent,
+        interpolation="nearest",
+    )
+
+
+def _finish_attention(figure: Figure, grid, shown: AxesImage, title: str) -> None:
+    for axes in grid.flat:
+        _without_frame(axes)
+        axes.set(xticks=[], yticks=[])
+    _heading(figure, title)
+    _colorbar(figure, shown, list(grid.flat), "attention, share of each map's largest")
+
+
+def plot_patch_filters(path: str | os.PathLike, *, model: str, filters, explained) -> None:
+    """Principal components of the patch embedding as colours; the arguments are those of [`patch_filters`].
+
+    Grey is zero; every component is scaled to its own largest entry.
+    """
+    filters = np.array(filters)
+    columns = min(7, len(filters))
+    rows = math.ceil(len(filters) / columns)
+    figure = _figure(max(6, 1.25 * columns + 0.6), 1.0 + 1.5 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(filters) :]:
+        axes.set_visible(False)
+    for axes, one, share in zip(grid.flat, filters, explained):
+        shown = 0.5 + 0.5 * one / max(np.abs(one).max(), 1e-12)
+        axes.imshow(np.broadcast_to(shown, (*shown.shape[:2], 3)), interpolation="nearest")
+        axes.set_title(f"{100 * share:.1f} %", fontsize=TICK_SIZE)
+        _without_frame(axes)
+        axes.set(xticks=[], yticks=[])
+    title = f"{_shortened(model)}: patch embedding,\nprincipal components and their share of the variance"
+    _heading(figure, title)
+    _save(figure, path)
+
+
+def plot_position_similarity(path: str | os.PathLike, *, model: str, patches, tokens: Mapping) -> None:
+    """A small map for every patch, where the patch lies, and a map for each token; see [`position_similarity`]."""
+    patches = np.array(patches)
+    rows, columns = patches.shape[:2]
+    # One sheet with an empty line between the maps: hundreds of axes would take minutes.
+    sheet = np.full((rows * (rows + 1) - 1, columns * (columns + 1) - 1), np.nan)
+    for row, column in np.ndindex(rows, columns):
+        top, left = row * (rows + 1), column * (columns + 1)
+        sheet[top : top + rows, left : left + columns] = patches[row, column]
+    low = min(np.nanmin(sheet), *(np.min(values) for values in tokens.values()))
+    scale = {"cmap": MAPS, "vmin": low, "vmax": 1, "interpolation": "nearest"}
+
+    figure = _figure(12.5, 8.2)
+    panels = figure.subplot_mosaic([["patches", name] for name in tokens], width_ratios=(2.3, 1))
+    shown = panels["patches"].imshow(sheet, **scale)
+    panels["patches"].set_title("each patch with all patches", fontsize=LABEL_SIZE)
+    panels["patches"].set_xticks(np.arange(columns) * (columns + 1) + (columns - 1) / 2, range(1, columns + 1))
+    panels["patches"].set_yticks(np.arange(rows) * (rows + 1) + (rows - 1) / 2, range(1, rows + 1))
+    panels["patches"].set_xlabel("column of the patch", fontsize=LABEL_SIZE)
+    panels["patches"].set_ylabel("row of the patch", fontsize=LABEL_SIZE)
+    for name, values in tokens.items():
+        panels[name].imshow(np.array(values), **scale)
+        panels[name].set_title(f"{name} token with all patches", fontsize=LABEL_SIZE)
+        panels[name].set(xticks=[], yticks=[])
+    for axes in panels.values():
+        _without_frame(axes)
+        axes.tick_params(labelsize=TICK_SIZE if max(rows, columns) <= 16 else TICK_SIZE - 3)
+    _heading(figure, f"{_shortened(model)}: position embeddings")
+    _colorbar(figure, shown, list(panels.values()), "cosine")
+    _save(figure, path)
+
+
+# --- tables of the paper ---------------------------------------------------------------------------------------------
+
+
+def plot_table(
+    points: Sequence[tuple[str, str, Sequence[float], float | None]],
+    path: str | os.PathLike,
+    title: str | None = None,
+    lines: bool = False,
+) -> None:
+    """Draw a table of runs: a dot for every seed, a mark for their mean, in words the mean and the paper's number.
+
+    Args:
+        points: row, column, one value a seed (a cell without any is left out) and the paper's number, all in percent.
+        path: the file to write; its suffix chooses the format. Missing folders are created.
+        title: one line above.
+        lines: the columns are the steps of an axis and each row a line over it; otherwise each column is a panel.
+    """
+    points = [point for point in points if point[2]]
+    rows, columns = (list(dict.fromkeys(point[i] for point in points)) for i in (0, 1))
+    if lines:
+        figure = _figure(8.5, 4.8)
+    else:
+        figure = _figure(3.4 + 4.6 * max(1, len(columns)), 1.5 + 0.45 * max(3, len(rows)))
+    if title:
+        _heading(figure, title)
+    if lines:
+        _draw_lines(figure.subplots(), points, rows, columns)
+    elif columns:
+        for column, axes in zip(columns, figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], strict=True):
+            _draw_panel(axes, [point for point in points if point[1] == column], rows)
+            axes.set_title(column, fontsize=LABEL_SIZE)
+    _save(figure, path)
+
+
+def _draw_lines(axes: Axes, points, rows: list[str], columns: list[str]) -> None:
+    for row, color in zip(rows, (FUSED, *MODEL_COLORS), strict=False):
+        cells = {column: values for name, column, values, _ in points if name == row}
+        places = [columns.index(column) for column in cells]
+        axes.plot(
+            places, [sum(values) / len(values) for values in cells.values()], color=color, label=row, linewidth=1.8
+        )
+        for place, values in zip(places, cells.values(), strict=True):
+            axes.plot([place] * len(values), values, "o", color=color, alpha=0.5, markersize=5)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_ylabel("top-1 (%)", fontsize=LABEL_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=TICK_SIZE, frameon=False)
+
+
+def _draw_panel(axes: Axes, points, rows: list[str]) -> None:
+    for row, _, values, paper in points:
+        place, mean = rows.index(row), sum(values) / len(values)
+        axes.plot(values, [place] * len(values), "o", color=CLASS, alpha=0.5, markersize=6)
+        axes.plot([mean], [place], "|", color=FUSED, markersize=17, markeredgewidth=2.4)
+        note = f"{mean:.1f}" + ("" if paper is None else f"  (paper: {paper})")
+        axes.annotate(
+            note, (max(values), place), xytext=(10, 0), textcoords="offset points", va="center", fontsize=TICK_SIZE - 1
+        )
+    axes.set_yticks(range(len(rows)), rows, fontsize=TICK_SIZE)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    lowest, highest = (limit(value for _, _, values, _ in points for value in values) for limit in (min, max))
+    span = max(highest - lowest, 1.0)
+    axes.set_xlim(lowest - 0.15 * span, highest + 0.9 * span)  # room for the words
+    axes.set_xlabel("top-1 (%)", fontsize=TICK_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, axis="x")
+
+
+def plot_tradeoff(points: Sequence[Mapping], path: str | os.PathLike, device: str) -> None:
+    """Figure 1 of the paper: top-1 over images per second, a line for each family of networks.
+
+    Args:
+        points: of [`tradeoff_points`]: `label`, `family`, `images_per_second` (measured), `top1` (fraction in [0, 1],
+            the paper's).
+        path: the file to write; its suffix chooses the format. Missing folders are created.
+        device: where the throughput was measured, for the axis.
+
+    Raises:
+        ValueError: without points.
+    """
+    if not points:
+        raise ValueError("no points to draw: measure models of the paper's Table 5")
+    families: dict[str, list[Mapping]] = {}
+    for point in sorted(points, key=lambda point: point["images_per_second"]):
+        families.setdefault(point["family"], []).append(point)
+    named = [family for family in FAMILIES if family in families]
+    others = sorted(set(families) - set(named))
+
+    figure = _figure(11, 7)
+    axes = figure.subplots()
+    for number, family in enumerate([*named, *others]):
+        rates = [point["images_per_second"] for point in families[family]]
+        top1 = [100 * point["top1"] for point in families[family]]
+        color, side = FAMILIES.get(family, ("0.45", "right"))
+        mark = MARKERS[number % len(MARKERS)]
+        axes.plot(rates, top1, label=family, color=color, marker=mark, linewidth=1.6, markersize=7)
+        below = side == "left"
+        for x, y, point in zip(rates, top1, families[family], strict=True):
+            short = re.sub(r"^\w+-(?=\w)| distilled| / 1000 epochs", "", point["label"])
+            axes.annotate(
+                short,
+                (x, y),
+                xytext=(-6, -5) if below else (6, 5),
+                textcoords="offset points",
+                ha="right" if below else "left",
+                va="top" if below else "bottom",
+                fontsize=TICK_SIZE - 2,
+                color=color,
+            )
+    axes.set_xscale("log")
+    axes.margins(x=0.08, y=0.07)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title("Accuracy and throughput (Figure 1)", fontsize=TITLE_SIZE)
+    axes.set_xlabel(f"images/s, measured on {device}", fontsize=LABEL_SIZE)
+    axes.set_ylabel("ImageNet top-1, the paper's (%)", fontsize=LABEL_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.tick_params(labelsize=TICK_SIZE)
+    axes.legend(fontsize=TICK_SIZE, frameon=False)
+    _save(figure, path)
+
+
+# --- what the pictures share -----------------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    return figure
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _heading(figure: Figure, text: str) -> None:
+    """Smaller where the picture is narrow: a bold letter is some 0.65 of its size wide."""
+    longest = max(map(len, text.splitlines()))
+    size = min(HEADING_SIZE, 72 * figure.get_figwidth() / (0.65 * longest))
+    figure.suptitle(text, fontsize=size, fontweight="bold")
+
+
+def _without_frame(axes: Axes) -> None:
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _colorbar(figure: Figure, image: AxesImage, axes, label: str) -> Colorbar:
+    bar = figure.colorbar(image, ax=axes, shrink=min(0.9, 5 / figure.get_figheight()), pad=0.02, aspect=30)
+    bar.solids.set_alpha(1)
+    bar.outline.set_visible(False)
+    bar.set_label(label, fontsize=LABEL_SIZE)
+    bar.ax.tick_params(labelsize=TICK_SIZE)
+    return bar
+
+
+def _readable_on(image: AxesImage, value: float) -> str:
+    """Black or white, whichever is seen on the colour of `value`."""
+    red, green, blue, _ = image.cmap(image.norm(value))
+    return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
+
+
+def _shortened(text: str, longest: int = 40) -> str:
+    """With the middle left out: paths and class names differ at their ends. A head after a model's name stays."""
+    name, colon, head = text.partition(": ")
+    if len(head) > longest // 2:
+        name, colon, head = text, "", ""
+    half = (longest - len(colon + head) - 1) // 2
+    return text if len(text) <= longest else f"{name[:half]}…{name[-half:]}{colon}{head}"

@@ -66,6 +66,9 @@ class ModelArguments:
     num_attention_heads: int | None = _option(None, "Number of attention heads.")
     patch_size: int | None = _option(None, "Side of a patch, pixels.")
     drop_path_rate: float | None = _option(None, "Stochastic depth of the last block, in [0, 1). Paper: 0.1.")
+    hidden_dropout_prob: float | None = _option(
+        None, "Dropout after the embeddings and on both branches of a block, in [0, 1). Paper: 0."
+    )
     head_fusion: str | None = _option(None, "'softmax' (paper), 'logits', 'class' or 'distillation'.")
     attn_implementation: str | None = _option(None, "'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'.")
     teacher: str | None = _option(
@@ -83,6 +86,7 @@ class ModelArguments:
             "num_attention_heads",
             "patch_size",
             "drop_path_rate",
+            "hidden_dropout_prob",
             "head_fusion",
         )
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

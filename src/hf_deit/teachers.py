@@ -79,11 +79,11 @@ def load_teacher(
     """
     if isinstance(spec, Teacher):
         return spec
-    names = _class_names(id2label)
+    names = class_names(id2label)
     num_labels = len(id2label) if id2label else None
     members = []
     for one in _split(spec):
-        found = _resolve(one)
+        found = find_classifier(one)
         member = _Member(found, mean, std, image_size, device, dtype)
         names = names or found.names  # several teachers of a nameless student follow the first
         member.match_classes(names, num_labels, trust_class_order)
@@ -121,7 +121,7 @@ class Teacher(nn.Module):
         self.name = " + ".join(member.name for member in members)
         self.num_labels = members[0].num_labels
         self.num_parameters = sum(p.numel() for model in self.models for p in model.parameters())
-        digests = [_fingerprint(model) for model in self.models]
+        digests = [fingerprint(model) for model in self.models]
         self.sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
         self.id2label = id2label
         super().train(False)
@@ -180,7 +180,7 @@ def new_classifier(
     """
     from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
-    names = _class_names(id2label, keep_generic=True)
+    names = class_names(id2label, keep_generic=True)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     pixels = {"mean": list(mean), "std": list(std), "input_size": [3, *_pair(image_size)]}
     if (name := os.fspath(spec)).startswith("timm:"):
@@ -206,8 +206,19 @@ def new_classifier(
 
 
 @dataclass
-class _Classifier:
-    """What a spec resolves to: the model and what is known of its classes and pixels (None: not known)."""
+class FoundClassifier:
+    """What a spec resolves to: the model and what is known of its classes and pixels (None: not known).
+
+    Attributes:
+        model: in whatever mode it was loaded.
+        name: the spec.
+        names: of the classes, in their order.
+        mean: per channel, of pixels in [0, 1].
+        std: likewise.
+        image_size: `(height, width)` in pixels.
+        fixed_size: whether it takes no other.
+        crop_ratio: share of the shorter side that its evaluation keeps, in (0, 1].
+    """
 
     model: nn.Module
     name: str
@@ -216,12 +227,13 @@ class _Classifier:
     std: tuple[float, ...] | None = None
     image_size: tuple[int, int] | None = None
     fixed_size: bool | None = None
+    crop_ratio: float | None = None
 
 
 class _Member(nn.Module):
     """A frozen classifier that reads the student's pixels and answers in the student's class order."""
 
-    def __init__(self, found: _Classifier, mean, std, image_size, device, dtype):
+    def __init__(self, found: FoundClassifier, mean, std, image_size, device, dtype):
         super().__init__()
         self.name, self.names, self.dtype = found.name, found.names, dtype
         self.model = found.model.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
@@ -255,7 +267,7 @@ class _Member(nn.Module):
             pixels = pixels * self.scale + self.shift
         if self.image_size is not None and pixels.shape[-2:] != self.image_size:
             pixels = F.interpolate(pixels, size=self.image_size, mode="bicubic", antialias=True)
-        logits = _logits(self._run(pixels)).float()
+        logits = logits_of(self._run(pixels)).float()
         return logits if self.class_order is None else logits.index_select(1, self.class_order)
 
     def _run(self, pixels: Tensor) -> Any:
@@ -277,7 +289,7 @@ class _Member(nn.Module):
                 f"teacher {self.name!r} could not read a blank 3x{size[0]}x{size[1]} image ({_line(error)}); if it "
                 "takes another size, pass image_size"
             ) from error
-        logits = _logits(output)
+        logits = logits_of(output)
         if logits is None or logits.ndim != 2:
             got = f"a tensor of shape {tuple(logits.shape)}" if logits is not None else f"a {type(output).__name__}"
             raise ValueError(
@@ -286,7 +298,7 @@ class _Member(nn.Module):
             )
         return logits
 
-    def _is_fixed(self, found: _Classifier, size: tuple[int, int], device) -> bool:
+    def _is_fixed(self, found: FoundClassifier, size: tuple[int, int], device) -> bool:
         if found.fixed_size is not None or found.image_size is None:
             return bool(found.fixed_size)
         try:
@@ -311,7 +323,7 @@ class _Member(nn.Module):
         if trust_class_order or not (self.names and names):
             logger.info("teacher %s: class names not compared, taken in the student's order", self.name)
             return
-        order = _class_order(self.names, names)
+        order = class_order(self.names, names)
         if order is None:
             known, wanted = set(map(_class_key, self.names)), set(map(_class_key, names))
             extra = [name for name in self.names if _class_key(name) not in wanted] or self.names
@@ -327,7 +339,7 @@ class _Member(nn.Module):
             logger.info("teacher %s: its %d classes are re-ordered to the student's", self.name, len(names))
 
 
-def _logits(output: Any) -> Tensor | None:
+def logits_of(output: Any) -> Tensor | None:
     """Logits from what a classifier may return: a tensor, an output with `logits`, a tuple that starts with them."""
     if isinstance(output, Mapping):
         output = output.get("logits")
@@ -338,7 +350,8 @@ def _logits(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the weights and their names, its first 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -349,7 +362,7 @@ def _fingerprint(model: nn.Module) -> str:
 # --- class names ---------------------------------------------------------------------------------------------------
 
 
-def _class_names(id2label: Mapping[int, str] | None, keep_generic: bool = False) -> list[str] | None:
+def class_names(id2label: Mapping[int, str] | None, keep_generic: bool = False) -> list[str] | None:
     """Names in class order; None when there are none, or only the LABEL_0, LABEL_1, ... that Transformers makes up."""
     if not id2label:
         return None
@@ -367,8 +380,8 @@ def _class_key(name: str) -> str:
     return name.replace("_", " ").split(",")[0].strip().casefold()
 
 
-def _class_order(teacher: list[str], student: list[str]) -> list[int] | None:
-    """For each class of the student its index in the teacher; None when they are not the same classes.
+def class_order(teacher: list[str], student: list[str]) -> list[int] | None:
+    """For each class of the student (or data set) its index in the teacher; None when they are not the same classes.
 
     ImageNet's classes go by WordNet ids, by all their synonyms or by the first of them, and a few share a name, so
     names that are equal in place are accepted before any permutation is looked for.
@@ -412,11 +425,12 @@ def _split(spec: Spec | Sequence[Spec]) -> list[Spec]:
     return specs
 
 
-def _resolve(spec: Spec) -> _Classifier:
+def find_classifier(spec: Spec) -> FoundClassifier:
+    """The classifier of one spec; see [`load_teacher`] for the forms, what is not read and what is refused."""
     if isinstance(spec, nn.Module):
         return _describe(spec, type(spec).__name__)
     if not isinstance(spec, (str, os.PathLike)):
-        raise ValueError(f"cannot read a teacher from a {type(spec).__name__}. {ACCEPTED_FORMS}")
+        raise ValueError(f"cannot read a model from a {type(spec).__name__}. {ACCEPTED_FORMS}")
     spec = os.fspath(spec)
     if spec.startswith("timm:"):
         return _load_timm(spec)
@@ -425,7 +439,7 @@ def _resolve(spec: Spec) -> _Classifier:
     return _load_transformers(spec)
 
 
-def _describe(model: nn.Module, name: str) -> _Classifier:
+def _describe(model: nn.Module, name: str) -> FoundClassifier:
     """Read classes and pixels off a model: from a Transformers config, or from timm's `pretrained_cfg`."""
     config = getattr(model, "config", None)
     inner = getattr(model, "timm_model", model)
@@ -435,30 +449,30 @@ def _describe(model: nn.Module, name: str) -> _Classifier:
         **(getattr(config, "pretrained_cfg", None) or {}),
     }
     size = pixels.get("input_size", [None])[1:] or getattr(config, "image_size", None)
-    return _Classifier(
+    return FoundClassifier(
         model,
         name,
-        names=_class_names(getattr(config, "id2label", None)),
+        names=class_names(getattr(config, "id2label", None)),
         mean=_floats(pixels.get("mean")),
         std=_floats(pixels.get("std")),
         image_size=_pair(size) if size else None,
         fixed_size=pixels.get("fixed_input_size", False) if pixels else None,
+        crop_ratio=pixels.get("crop_pct"),
     )
 
 
-def _load_transformers(spec: str) -> _Classifier:
+def _load_transformers(spec: str) -> FoundClassifier:
     """A directory written by `save_pretrained`, or a Hub id."""
     model, info = _from_pretrained(spec)
     fresh = sorted(key for key in info["missing_keys"] if not key.endswith("num_batches_tracked"))
     fresh += sorted(key for key, *_ in info["mismatched_keys"])
     if fresh:
         raise ValueError(
-            f"teacher {spec!r} has untrained weights: {_some(fresh)} are not in its checkpoint and were "
-            "drawn at random. Fine-tune the teacher first: recipes/run_teacher.py"
+            f"model {spec!r} has untrained weights: {_some(fresh)} are not in its checkpoint and were "
+            "drawn at random. Fine-tune it first: recipes/run_teacher.py"
         )
     found = _describe(model, spec)
-    if model.config.model_type != "timm_wrapper":
-        _read_image_processor(found, spec)
+    _read_image_processor(found, spec)
     return found
 
 
@@ -468,14 +482,14 @@ def _from_pretrained(spec: str, **kwargs) -> tuple[nn.Module, dict]:
     path = Path(spec).expanduser()
     if path.is_file():
         raise ValueError(
-            f"teacher {spec!r} is a file: name its network too, timm:<name>?checkpoint={spec}. {ACCEPTED_FORMS}"
+            f"model {spec!r} is a file: name its network too, timm:<name>?checkpoint={spec}. {ACCEPTED_FORMS}"
         )
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"teacher directory {spec!r} has no config.json. {ACCEPTED_FORMS}")
+            raise ValueError(f"model directory {spec!r} has no config.json. {ACCEPTED_FORMS}")
         spec = str(path)
     elif path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
-        raise ValueError(f"teacher {spec!r} does not exist. {ACCEPTED_FORMS}")
+        raise ValueError(f"model {spec!r} does not exist. {ACCEPTED_FORMS}")
     try:
         return AutoModelForImageClassification.from_pretrained(
             spec,
@@ -487,33 +501,42 @@ def _from_pretrained(spec: str, **kwargs) -> tuple[nn.Module, dict]:
             **kwargs,
         )
     except Exception as error:  # Transformers, huggingface_hub and safetensors raise a dozen unrelated types
-        raise ValueError(f"cannot load teacher {spec!r}: {_line(error)}. {ACCEPTED_FORMS}") from error
+        raise ValueError(f"cannot load model {spec!r}: {_line(error)}. {ACCEPTED_FORMS}") from error
 
 
-def _read_image_processor(found: _Classifier, spec: str) -> None:
-    """Fill in mean and std from the image processor saved beside a Transformers model."""
-    from transformers import AutoImageProcessor
+def _read_image_processor(found: FoundClassifier, spec: str) -> None:
+    """Fill in mean, std and crop ratio from the image processor saved beside a Transformers model."""
+    from transformers import AutoImageProcessor, DeiTImageProcessor
 
+    # What a TimmWrapper saves says it all; run_teacher.py leaves the processor of its evaluation beside it.
+    in_config = found.model.config.model_type == "timm_wrapper"
     try:
-        settings = AutoImageProcessor.from_pretrained(os.path.expanduser(spec)).to_dict()
+        processor = (DeiTImageProcessor if in_config else AutoImageProcessor).from_pretrained(os.path.expanduser(spec))
     except OSError:
-        logger.warning("teacher %s has no preprocessor_config.json: it gets the student's mean and std", spec)
+        if not in_config:
+            logger.warning("%s has no preprocessor_config.json: mean and std are the student's, or ImageNet's", spec)
         return
+    settings = processor.to_dict()
     if settings.get("do_flip_channel_order"):
-        raise ValueError(f"teacher {spec!r} reads BGR images: wrap it in python:<module>:<factory>")
+        raise ValueError(f"model {spec!r} reads BGR images: wrap it in python:<module>:<factory>")
     # A processor normalises pixels of 0..255 times rescale_factor; mean and std here are of pixels in [0, 1].
     unit = 255 * settings["rescale_factor"] if settings.get("do_rescale") else 255.0
     normalises = settings.get("do_normalize")
     found.mean = tuple(m / unit for m in settings["image_mean"]) if normalises else (0.0, 0.0, 0.0)
     found.std = tuple(s / unit for s in settings["image_std"]) if normalises else (1 / unit,) * 3
+    size, crop = settings.get("size") or {}, settings.get("crop_size") or {}
+    shorter = size.get("shortest_edge") or size.get("height")
+    found.crop_ratio = settings.get("crop_pct")  # of ConvNeXt's
+    if found.crop_ratio is None and settings.get("do_resize") and shorter:
+        found.crop_ratio = min(1.0, crop.get("height", shorter) / shorter) if settings.get("do_center_crop") else 1.0
 
 
-def _load_timm(spec: str) -> _Classifier:
+def _load_timm(spec: str) -> FoundClassifier:
     """`timm:<name>` with timm's published weights, or `timm:<name>?checkpoint=<file>`."""
     name, _, query = spec.removeprefix("timm:").partition("?")
     key, _, file = query.partition("=")
     if query and (key != "checkpoint" or not file):
-        raise ValueError(f"teacher {spec!r}: expected timm:<name>?checkpoint=<file>, got {query!r} after '?'")
+        raise ValueError(f"model {spec!r}: expected timm:<name>?checkpoint=<file>, got {query!r} after '?'")
     if file:
         return _load_timm_checkpoint(spec, name, file)
     from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -524,7 +547,7 @@ def _load_timm(spec: str) -> _Classifier:
         raise
     except Exception as error:  # no weights, no network
         raise ValueError(
-            f"cannot download the weights of teacher {spec!r}: {_line(error)}. Without a network give a local file, "
+            f"cannot download the weights of model {spec!r}: {_line(error)}. Without a network give a local file, "
             f"timm:{name}?checkpoint=<file>, or a directory written by save_pretrained"
         ) from error
     found = _describe(model, spec)
@@ -533,10 +556,10 @@ def _load_timm(spec: str) -> _Classifier:
     return found
 
 
-def _load_timm_checkpoint(spec: str, name: str, file: str) -> _Classifier:
+def _load_timm_checkpoint(spec: str, name: str, file: str) -> FoundClassifier:
     import timm
 
-    weights = _read_checkpoint(Path(file).expanduser())
+    weights = read_weights(Path(file).expanduser())
     base = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name.split(".")[0]) else None
     head = getattr(base, "classifier", None) or ""
     head = weights.get(f"{head if isinstance(head, str) else head[0]}.weight")  # two-headed networks list both
@@ -565,8 +588,12 @@ def _create_timm_model(name: str, **kwargs) -> nn.Module:
     return timm.create_model(name, **kwargs)
 
 
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """State dict of a `.safetensors` file, or of a `.pth` file of timm, DeiT's authors or plain PyTorch."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """State dict of a `.safetensors` file, or of a `.pth` file of timm, DeiT's authors or plain PyTorch.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read without running code.
+    """
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} does not exist")
     try:
@@ -592,18 +619,18 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
 
 
-def _load_python(spec: str) -> _Classifier:
+def _load_python(spec: str) -> FoundClassifier:
     """`python:<module>:<factory>`: the user's own code."""
     module_name, _, factory_name = spec.removeprefix("python:").partition(":")
     if not module_name or not factory_name:
-        raise ValueError(f"teacher {spec!r}: expected python:<module>:<factory>")
+        raise ValueError(f"model {spec!r}: expected python:<module>:<factory>")
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"teacher {spec!r}: {_line(error)}. The module must be on the PYTHONPATH") from error
+        raise ValueError(f"model {spec!r}: {_line(error)}. The module must be on the PYTHONPATH") from error
     model = factory()
     if not isinstance(model, nn.Module):
-        raise ValueError(f"teacher {spec!r}: the factory returned a {type(model).__name__}, expected an nn.Module")
+        raise ValueError(f"model {spec!r}: the factory returned a {type(model).__name__}, expected an nn.Module")
     return _describe(model, spec)
 
 

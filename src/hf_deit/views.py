@@ -171,17 +171,18 @@ def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:
     )
 
 
-def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray | list[tuple]]:
-    """`pixel_values` `(batch, 3, height, width)` uint8 in channels-last memory, `labels` `(batch,)` int64, and for
-    training `view_seeds` `(batch,)` int64, a NumPy array because it is read on the host. Where images were replaced,
-    `bad_images` too: the examples' lists in one."""
+def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray | list]:
+    """`pixel_values` `(batch, 3, height, width)` uint8 in channels-last memory, `labels` `(batch,)` int64 (of ReaL the
+    lists as they are), and for training `view_seeds` `(batch,)` int64, a NumPy array because it is read on the host.
+    Where images were replaced, `bad_images` too: the examples' lists in one."""
     if isinstance(examples, ViewBatch):
         pixels = torch.from_numpy(examples.pixels)
     else:
         pixels = default_collate([torch.from_numpy(example["pixel_values"]) for example in examples])
+    labels = [example["labels"] for example in examples]
     batch = {
         "pixel_values": pixels.permute(0, 3, 1, 2),
-        "labels": torch.tensor([example["labels"] for example in examples]),
+        "labels": labels if isinstance(labels[0], list) else torch.tensor(labels),
     }
     if "view_seeds" in examples[0]:
         batch["view_seeds"] = np.array([example["view_seeds"] for example in examples])

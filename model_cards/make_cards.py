@@ -1,0 +1,220 @@
+"""Writes the cards of this directory: `python model_cards/make_cards.py`. Nothing here trains or measures accuracy.
+
+A card is put together from what is known elsewhere, so that each fact has one home: `published.yaml` (the paper's and
+the authors' numbers), the recipe (start, teacher, settings, command), the registry of data sets, and the model itself,
+whose parameters are counted. The text is in `card_template.md`. The cards have no `model-index`: the Hub shows its
+numbers as results of the weights beside the card, and there are none.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_deit import (
+    DataArguments,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DistillationConfig,
+    ModelArguments,
+    build_eval_transform,
+    build_image_processor,
+)
+from hf_deit.dataset_registry import REGISTRY
+from hf_deit.model_card import LOSSES, hub_id
+
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PUBLISHED = yaml.safe_load((HERE / "published.yaml").read_text("utf-8"))
+STEMS = (*PUBLISHED["imagenet"], *PUBLISHED["transfer"])
+
+PAPER, AUTHORS, NOT_RUN = "the paper's", "published by the authors", "not run"
+SETS = {
+    "imagenet-1k": "ImageNet-1k",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "flowers102": "Flowers-102",
+    "cars": "Stanford Cars",
+    "inat18": "iNaturalist 2018",
+    "inat19": "iNaturalist 2019",
+}
+TABLE_7_MODELS = ("deit_base", "deit_base_384", "deit_base_distilled", "deit_base_distilled_384")
+TRANSFERRED = "deit_base_distilled"
+GPUS = yaml.safe_load((ROOT / "recipes" / "accelerate" / "multi_gpu.yaml").read_text("utf-8"))["num_processes"]
+# What a recipe says and a card tells elsewhere.
+NOT_SETTINGS = {
+    *("model_size", "model_name_or_path", "use_distillation_token", "image_size", "head_fusion", "distillation_type"),
+    *("teacher", "teacher_recipe", "dataset_name", "output_dir"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+}
+
+
+def recipe_of(stem: str) -> Path:
+    """The recipe that a card is about."""
+    return ROOT / "recipes" / ("transfer" if stem in PUBLISHED["transfer"] else "imagenet") / f"{stem}.yaml"
+
+
+def paper_name(stem: str) -> str:
+    """`deit_base_distilled_1000ep_384` as the paper writes it: "DeiT-B⚗↑384 / 1000 epochs"."""
+    size = {"tiny": "Ti", "small": "S", "base": "B"}[stem.split("_")[1]]
+    return (
+        f"DeiT-{size}"
+        + "⚗" * ("distilled" in stem)
+        + "↑384" * stem.endswith("384")
+        + " / 1000 epochs" * ("1000ep" in stem)
+    )
+
+
+def accuracy_rows(stem: str) -> list[tuple[str, ...]]:
+    """Model, images, top-1, top-5 and whose number it is; everything as text."""
+    if stem in PUBLISHED["transfer"]:
+        rows = [
+            (paper_name(model), "Table 6's test images", f"{top1:.1f}", "", f"{PAPER}, Table 7")
+            for model, top1 in zip(TABLE_7_MODELS, PUBLISHED["transfer"][stem], strict=True)
+        ]
+        return [*rows, ("this recipe", REGISTRY[stem].eval_split, "", "", NOT_RUN)]
+    known = PUBLISHED["imagenet"][stem]
+    fused = ", heads fused" * ("distilled" in stem)
+    name = paper_name(stem)
+    rows = [(f"{name}{fused}", "validation", f"{known['top1']:.1f}", "", f"{PAPER}, Table 5")]
+    for head in ("class", "distillation"):
+        if head in known:
+            rows.append((f"{name}, {head} head", "validation", f"{known[head]:.1f}", "", f"{PAPER}, Table 3"))
+    for images, title in (("real", "validation, ReaL labels"), ("v2", "ImageNet V2, matched frequency")):
+        rows.append((f"{name}{fused}", title, f"{known[images]:.1f}", "", f"{PAPER}, Table 5"))
+    if "authors" in known:
+        top1, top5 = (f"{value:.3f}" for value in known["authors"])
+        rows.append(("the authors' checkpoint", "validation, crop ratio 0.875", top1, top5, AUTHORS))
+    return [*rows, ("this recipe", "validation", "", "", NOT_RUN)]
+
+
+def read_header(text: str) -> dict[str, str]:
+    """A recipe's first comment: `# Hardware:  8 GPUs` by its first word, lines joined."""
+    found = re.findall(r"^# (\w+): +(.+(?:\n#    .+)*)", text, re.MULTILINE)
+    return {name: re.sub(r"\n# +", " ", words) for name, words in found}
+
+
+def settings_rows(recipe: dict) -> list[tuple[str, str, str]]:
+    """Name, the recipe's value, and Table 9's, which is the default; where they differ."""
+    defaults = {item.name: item.default for item in fields(DistillationConfig)}
+    defaults |= {"drop_path_rate": DeiTConfig.drop_path_rate, "learning_rate": "5e-4 x batch / 512"}
+    views = recipe.get("per_device_train_batch_size", defaults["per_device_train_batch_size"])
+    batch_size = views * recipe.get("gradient_accumulation_steps", 1) * GPUS
+    rows = [(name, value, defaults[name]) for name, value in recipe.items() if name not in NOT_SETTINGS]
+    rows += [(f"batch size on {GPUS} GPUs", batch_size, 1024)]
+    return [(name, _shown(value), _shown(paper)) for name, value, paper in rows if value != paper]
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "unset"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def teacher_line(recipe: dict) -> str:
+    """Which teacher the recipe takes, beside the paper's."""
+    if "teacher" in recipe:
+        paper = PUBLISHED["teacher"]
+        return f"`{recipe['teacher']}`; {PAPER} is a {paper['name']} of {paper['top1']} % top-1 (Tables 2 and 5)"
+    if "teacher_recipe" in recipe:
+        path = f"recipes/{recipe['teacher_recipe']}"
+        return f"[{path}](../{path}) trains it first; the paper does not say whether Table 7 used one"
+    return "none"
+
+
+def build_card(stem: str) -> str:
+    """The whole card of a recipe."""
+    transfer = stem in PUBLISHED["transfer"]
+    known = {} if transfer else PUBLISHED["imagenet"][stem]
+    model = TRANSFERRED if transfer else stem
+    size = model.split("_")[1]
+    path = recipe_of(stem)
+    recipe, header = yaml.safe_load(path.read_text("utf-8")), read_header(path.read_text("utf-8"))
+    start = recipe.get("model_name_or_path")
+    distilled = recipe.get("use_distillation_token", ModelArguments.use_distillation_token)
+    image_size = recipe.get("image_size", DataArguments.image_size)
+    dataset = recipe.get("dataset_name", DataArguments.dataset_name)
+    data = REGISTRY[dataset]
+    transform = build_eval_transform(image_size)
+
+    model_class = DeiTForImageClassificationWithTeacher if distilled else DeiTForImageClassification
+    fields_of_config = {"image_size": image_size, "num_labels": data.num_classes, "use_distillation_token": distilled}
+    config = DeiTConfig.from_size(size, **fields_of_config)
+    with torch.device("meta"):
+        parameters = model_class(config).num_parameters()
+    arguments = ", ".join([repr(size), *(f"{name}={value}" for name, value in fields_of_config.items())])
+
+    front_matter = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        license="apache-2.0",
+        datasets=[data.hub_id] if data.hub_id else None,
+        base_model=hub_id(start),
+        teacher=hub_id(recipe.get("teacher", "").replace("timm:", "timm/")),
+        tags=[config.to_dict()["model_type"], "vision", "image-classification", "hf_deit", "arxiv:2012.12877"]
+        + ["knowledge-distillation"] * distilled,
+    )
+    card = ModelCard.from_template(
+        front_matter,
+        template_path=str(HERE / "card_template.md"),
+        stem=stem,
+        transfer=transfer,
+        name=paper_name(model),
+        distilled=distilled,
+        recipe=path.relative_to(ROOT).as_posix(),
+        data=data,
+        dataset=dataset,
+        dataset_name=SETS[dataset],
+        accuracies=accuracy_rows(stem),
+        image_size=image_size,
+        crop_ratio=transform.crop_ratio,
+        shorter_side=build_image_processor(transform).size["shortest_edge"],
+        parameters=parameters,
+        config=config,
+        side=config.grid_size[0],
+        tokens=config.num_prefix_tokens + config.grid_size[0] * config.grid_size[1],
+        count_command=f'python -c "from hf_deit import DeiTConfig, {model_class.__name__} as Model\n'
+        f'print(Model(DeiTConfig.from_size({arguments})).num_parameters())"',
+        start=f"`{start}`, {header['Start']}" if start else "random weights",
+        loss=LOSSES[recipe.get("distillation_type", DistillationConfig.distillation_type)],
+        teacher=teacher_line(recipe),
+        settings=settings_rows(recipe),
+        header=header,
+        directory=f"my_{stem}" if "hub_id" in known else recipe["output_dir"],
+        model_class=model_class.__name__,
+        **{name: known.get(name) for name in ("top1", "v2", "images_per_second", "hub_id", "authors", "remark")},
+    )
+    return f"{card}\n"
+
+
+def build_index() -> str:
+    """README.md: one row a card."""
+    figures = {stem: ("ImageNet-1k", known["top1"], "Table 5") for stem, known in PUBLISHED["imagenet"].items()}
+    column = TABLE_7_MODELS.index(TRANSFERRED)
+    figures |= {stem: (SETS[stem], row[column], "Table 7") for stem, row in PUBLISHED["transfer"].items()}
+    rows = []
+    for stem, (images, top1, table) in figures.items():
+        recipe = recipe_of(stem).relative_to(ROOT).as_posix()
+        name = paper_name(TRANSFERRED if stem in PUBLISHED["transfer"] else stem)
+        rows.append(
+            f"| [{stem}]({stem}.md) | [{recipe}](../{recipe}) | {name}, {images} | {top1} ({table}) | {NOT_RUN} |"
+        )
+    return (HERE / "index_template.md").read_text("utf-8").replace("{{ rows }}", "\n".join(rows))
+
+
+def build_all() -> dict[str, str]:
+    """File name to text, of everything that is written here."""
+    return {f"{stem}.md": build_card(stem) for stem in STEMS} | {"README.md": build_index()}
+
+
+if __name__ == "__main__":
+    for name, text in build_all().items():
+        (HERE / name).write_text(text, "utf-8")
+    print(f"{HERE}: {len(STEMS)} cards and README.md")

@@ -1,0 +1,107 @@
+"""Tables 1 and 5, Figure 1: `python recipes/run_throughput.py [recipe.yaml] [--models table5] [--key value ...]`.
+
+Images per second, parameters, multiply-adds and peak memory of our models, stock Transformers', timm's and the paper's
+convnets, measured in turns; weights are random. Writes throughput.json, throughput.md and, where the paper has the
+accuracies of two or more of the models, tradeoff.png. For one core: `OMP_NUM_THREADS=1 taskset -c 1 python ...`.
+`--help` lists the keys.
+"""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import transformers
+from torch import nn
+
+from hf_deit import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    ModelSpec,
+    ThroughputArguments,
+    describe_machine,
+    exit_clearly,
+    expand_models,
+    measure_throughput,
+    new_classifier,
+    parse_recipe,
+    plot_tradeoff,
+    throughput_rows,
+    throughput_table,
+    tradeoff_points,
+)
+
+
+KINDS = (ThroughputArguments,)
+CLASSES = {number: str(number) for number in range(1000)}  # ImageNet's
+
+
+def build(spec: str) -> tuple[nn.Module, int]:
+    """The network, with random weights, and the side of its images."""
+    wanted = ModelSpec.parse(spec)
+    if wanted.source == "timm":
+        return build_timm(wanted.name, wanted.image_size)
+    size = wanted.image_size or 224
+    config = DeiTConfig.from_size(
+        wanted.name, image_size=size, id2label=CLASSES, use_distillation_token=wanted.distilled
+    )
+    if wanted.source == "stock":
+        return build_stock(config), size
+    model_class = DeiTForImageClassificationWithTeacher if wanted.distilled else DeiTForImageClassification
+    return model_class(config), size
+
+
+def build_stock(config: DeiTConfig) -> nn.Module:
+    """Transformers' own network. Its class for a plain DeiT is the ViT: its DeiT always has the second token."""
+    names = ("hidden_size", "num_attention_heads", "intermediate_size", "image_size", "num_labels")
+    fields = {name: getattr(config, name) for name in names}
+    if config.use_distillation_token:
+        return transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**fields))
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**fields))
+
+
+def build_timm(name: str, size: int | None) -> tuple[nn.Module, int]:
+    """timm's own module at the size wanted; without one at the architecture's own."""
+
+    def classifier(**model_args) -> nn.Module:
+        pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": size or 224}
+        return new_classifier(f"timm:{name}", id2label=CLASSES, **pixels, model_args=model_args or None).timm_model
+
+    model = classifier()
+    own_size = model.pretrained_cfg["input_size"][-1]
+    if size not in (None, own_size) and model.pretrained_cfg.get("fixed_input_size"):
+        model = classifier(img_size=size)
+    return model, size or own_size
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    # 1. What to measure
+    (args,) = parse_recipe(KINDS, argv)
+    specs = expand_models(args.models)
+    if args.reference is not None and args.reference not in specs:
+        raise ValueError(f"reference is {args.reference!r}; it must be one of {', '.join(specs)}")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_deit.throughput").setLevel(logging.INFO)
+    machine = describe_machine(args.device)
+
+    # 2. Measure
+    rows = throughput_rows(measure_throughput({spec: build(spec) for spec in specs}, args), args.reference)
+
+    # 3. Report
+    table = throughput_table(rows, args)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine, "settings": asdict(args) | {"batch_rule": args.rule}, "models": rows}
+    (output_dir / "throughput.json").write_text(json.dumps(report, indent=2) + "\n")
+    (output_dir / "throughput.md").write_text(table)
+    if len(points := tradeoff_points(rows)) > 1:
+        plot_tradeoff(points, output_dir / "tradeoff.png", device=machine["device"])
+    print(table)
+    return rows
+
+
+if __name__ == "__main__":
+    exit_clearly(main)
