@@ -1,9 +1,10 @@
 """Writes the cards of this directory: `python model_cards/make_cards.py`. Nothing here trains or measures accuracy.
 
-A card is put together from what is known elsewhere, so that each fact has one home: `published.yaml` (the paper's and
-the authors' numbers), the recipe (start, teacher, settings, command), the registry of data sets, and the model itself,
-whose parameters are counted. The text is in `card_template.md`. The cards have no `model-index`: the Hub shows its
-numbers as results of the weights beside the card, and there are none.
+A card is put together from what is known elsewhere, so that each fact has one home: the paper's tables (Table 5 in
+paper_tables.py, Tables 3 and 7 in `recipes/tables/`), `published.yaml` (the authors' numbers), the recipe (start,
+teacher, settings, command), the registry of data sets, and the model itself, whose parameters are counted. The text is
+in `card_template.md`. The cards have no `model-index`: the Hub shows its numbers as results of the weights beside the
+card, and there are none.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from hf_deit import (
 )
 from hf_deit.dataset_registry import REGISTRY
 from hf_deit.model_card import LOSSES, hub_id
+from hf_deit.paper_tables import PAPER_TABLES
 
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PUBLISHED = yaml.safe_load((HERE / "published.yaml").read_text("utf-8"))
-STEMS = (*PUBLISHED["imagenet"], *PUBLISHED["transfer"])
+TABLE_5 = {row.name.replace(" distilled", "⚗"): row for row in PAPER_TABLES["table5"]}
 
 PAPER, AUTHORS, NOT_RUN = "the paper's", "published by the authors", "not run"
 SETS = {
@@ -47,6 +49,7 @@ SETS = {
 }
 TABLE_7_MODELS = ("deit_base", "deit_base_384", "deit_base_distilled", "deit_base_distilled_384")
 TRANSFERRED = "deit_base_distilled"
+TEACHER = "RegNetY-16GF"
 GPUS = yaml.safe_load((ROOT / "recipes" / "accelerate" / "multi_gpu.yaml").read_text("utf-8"))["num_processes"]
 # What a recipe says and a card tells elsewhere.
 NOT_SETTINGS = {
@@ -56,9 +59,24 @@ NOT_SETTINGS = {
 }
 
 
+def table(name: str, metric: str | None = None) -> dict[str, list[float]]:
+    """The paper's numbers in a sweep's table: by the stem of a recipe those of all its rows with that metric."""
+    content, found = yaml.safe_load((ROOT / "recipes" / "tables" / f"{name}.yaml").read_text("utf-8")), {}
+    for row in content["rows"]:
+        if row.get("metric") == metric:
+            for column, number in zip(content["columns"].values(), row["paper"], strict=True):
+                found.setdefault(column["recipe"].format(row.get("recipe")).split("/")[-1], []).append(number)
+    return found
+
+
+TABLE_3 = {head: table("3", f"eval_{head}_top1") for head in ("class", "distillation")}
+TABLE_7 = table("7")
+STEMS = (*PUBLISHED, *TABLE_7)
+
+
 def recipe_of(stem: str) -> Path:
     """The recipe that a card is about."""
-    return ROOT / "recipes" / ("transfer" if stem in PUBLISHED["transfer"] else "imagenet") / f"{stem}.yaml"
+    return ROOT / "recipes" / ("transfer" if stem in TABLE_7 else "imagenet") / f"{stem}.yaml"
 
 
 def paper_name(stem: str) -> str:
@@ -74,23 +92,22 @@ def paper_name(stem: str) -> str:
 
 def accuracy_rows(stem: str) -> list[tuple[str, ...]]:
     """Model, images, top-1, top-5 and whose number it is; everything as text."""
-    if stem in PUBLISHED["transfer"]:
+    if stem in TABLE_7:
         rows = [
             (paper_name(model), "Table 6's test images", f"{top1:.1f}", "", f"{PAPER}, Table 7")
-            for model, top1 in zip(TABLE_7_MODELS, PUBLISHED["transfer"][stem], strict=True)
+            for model, top1 in zip(TABLE_7_MODELS, TABLE_7[stem], strict=True)
         ]
         return [*rows, ("this recipe", REGISTRY[stem].eval_split, "", "", NOT_RUN)]
-    known = PUBLISHED["imagenet"][stem]
-    fused = ", heads fused" * ("distilled" in stem)
     name = paper_name(stem)
-    rows = [(f"{name}{fused}", "validation", f"{known['top1']:.1f}", "", f"{PAPER}, Table 5")]
-    for head in ("class", "distillation"):
-        if head in known:
-            rows.append((f"{name}, {head} head", "validation", f"{known[head]:.1f}", "", f"{PAPER}, Table 3"))
-    for images, title in (("real", "validation, ReaL labels"), ("v2", "ImageNet V2, matched frequency")):
-        rows.append((f"{name}{fused}", title, f"{known[images]:.1f}", "", f"{PAPER}, Table 5"))
-    if "authors" in known:
-        top1, top5 = (f"{value:.3f}" for value in known["authors"])
+    paper, fused = TABLE_5[name], name + ", heads fused" * ("distilled" in stem)
+    rows = [(fused, "validation", f"{paper.imagenet:.1f}", "", f"{PAPER}, Table 5")]
+    for head, numbers in TABLE_3.items():
+        for top1 in numbers.get(stem, ()):
+            rows.append((f"{name}, {head} head", "validation", f"{top1:.1f}", "", f"{PAPER}, Table 3"))
+    for top1, title in ((paper.real, "validation, ReaL labels"), (paper.v2, "ImageNet V2, matched frequency")):
+        rows.append((fused, title, f"{top1:.1f}", "", f"{PAPER}, Table 5"))
+    if "authors" in PUBLISHED[stem]:
+        top1, top5 = (f"{value:.3f}" for value in PUBLISHED[stem]["authors"])
         rows.append(("the authors' checkpoint", "validation, crop ratio 0.875", top1, top5, AUTHORS))
     return [*rows, ("this recipe", "validation", "", "", NOT_RUN)]
 
@@ -121,8 +138,8 @@ def _shown(value: object) -> str:
 def teacher_line(recipe: dict) -> str:
     """Which teacher the recipe takes, beside the paper's."""
     if "teacher" in recipe:
-        paper = PUBLISHED["teacher"]
-        return f"`{recipe['teacher']}`; {PAPER} is a {paper['name']} of {paper['top1']} % top-1 (Tables 2 and 5)"
+        top1 = TABLE_5[TEACHER].imagenet
+        return f"`{recipe['teacher']}`; {PAPER} is a {TEACHER} of {top1} % top-1 (Tables 2 and 5)"
     if "teacher_recipe" in recipe:
         path = f"recipes/{recipe['teacher_recipe']}"
         return f"[{path}](../{path}) trains it first; the paper does not say whether Table 7 used one"
@@ -131,8 +148,8 @@ def teacher_line(recipe: dict) -> str:
 
 def build_card(stem: str) -> str:
     """The whole card of a recipe."""
-    transfer = stem in PUBLISHED["transfer"]
-    known = {} if transfer else PUBLISHED["imagenet"][stem]
+    transfer = stem in TABLE_7
+    known = PUBLISHED.get(stem, {})
     model = TRANSFERRED if transfer else stem
     size = model.split("_")[1]
     path = recipe_of(stem)
@@ -189,22 +206,23 @@ def build_card(stem: str) -> str:
         header=header,
         directory=f"my_{stem}" if "hub_id" in known else recipe["output_dir"],
         model_class=model_class.__name__,
-        **{name: known.get(name) for name in ("top1", "v2", "images_per_second", "hub_id", "authors", "remark")},
+        paper=None if transfer else TABLE_5[paper_name(stem)],
+        **{name: known.get(name) for name in ("hub_id", "authors", "remark")},
     )
     return f"{card}\n"
 
 
 def build_index() -> str:
     """README.md: one row a card."""
-    figures = {stem: ("ImageNet-1k", known["top1"], "Table 5") for stem, known in PUBLISHED["imagenet"].items()}
-    column = TABLE_7_MODELS.index(TRANSFERRED)
-    figures |= {stem: (SETS[stem], row[column], "Table 7") for stem, row in PUBLISHED["transfer"].items()}
+    figures = {stem: ("ImageNet-1k", TABLE_5[paper_name(stem)].imagenet, "Table 5") for stem in PUBLISHED}
+    row = TABLE_7_MODELS.index(TRANSFERRED)
+    figures |= {stem: (SETS[stem], numbers[row], "Table 7") for stem, numbers in TABLE_7.items()}
     rows = []
-    for stem, (images, top1, table) in figures.items():
+    for stem, (images, top1, source) in figures.items():
         recipe = recipe_of(stem).relative_to(ROOT).as_posix()
-        name = paper_name(TRANSFERRED if stem in PUBLISHED["transfer"] else stem)
+        name = paper_name(TRANSFERRED if stem in TABLE_7 else stem)
         rows.append(
-            f"| [{stem}]({stem}.md) | [{recipe}](../{recipe}) | {name}, {images} | {top1} ({table}) | {NOT_RUN} |"
+            f"| [{stem}]({stem}.md) | [{recipe}](../{recipe}) | {name}, {images} | {top1} ({source}) | {NOT_RUN} |"
         )
     return (HERE / "index_template.md").read_text("utf-8").replace("{{ rows }}", "\n".join(rows))
 

@@ -24,6 +24,7 @@ from hf_deit import (
     build_train_transform,
     exit_clearly,
     load_image_dataset,
+    load_pretrained,
     load_teacher,
     parse_recipe,
 )
@@ -41,8 +42,11 @@ def build_student(model_args: ModelArguments, image_size: int, id2label: dict[in
     fields = model_args.config_overrides() | {"image_size": image_size, "id2label": id2label}
     fields["use_distillation_token"] = model_args.use_distillation_token
     if model_args.model_name_or_path is not None:
-        return model_class.from_pretrained(
-            model_args.model_name_or_path, attn_implementation=model_args.attn_implementation, **fields
+        return load_pretrained(
+            model_class,
+            model_args.model_name_or_path,
+            attn_implementation=model_args.attn_implementation,
+            **fields,
         )
     config = DeiTConfig.from_size(model_args.model_size or "base", **fields)
     return model_class._from_config(config, attn_implementation=model_args.attn_implementation)

@@ -22,6 +22,7 @@ from hf_deit import (
     build_image_processor,
     build_train_transform,
     exit_clearly,
+    is_finished,
     load_image_dataset,
     new_classifier,
     parse_recipe,
@@ -34,7 +35,7 @@ KINDS = (ClassifierArguments, DataArguments, DistillationConfig)
 def find_or_train(recipe: Path, data_args: DataArguments) -> str:
     """The recipe's output directory; if no finished run is there, the recipe is run first, on the student's data."""
     model_args, _, training_args = parse_recipe(KINDS, [str(recipe)])
-    if not Path(training_args.output_dir, "all_results.json").exists():
+    if not is_finished(training_args.output_dir):
         train(model_args, data_args, training_args)
     return training_args.output_dir
 

@@ -356,7 +356,7 @@ def test_pillows_limit_is_ours(format, monkeypatch):
 
 
 def test_a_lack_of_memory_is_not_damage(monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise MemoryError
 
     monkeypatch.setattr(Image, "open", fail)

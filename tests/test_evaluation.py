@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -379,10 +381,17 @@ def test_two_processes_count_every_image_once(script, stock, dataset, tmp_path):
     command += ["--rdzv_endpoint", "localhost:0", str(RECIPES / "run_eval.py"), *arguments]
     command += ["--output", str(tmp_path / "two")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=300)
+        finally:
+            with suppress(ProcessLookupError):  # torchrun's children outlive it
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, stderr[-3000:]
     together = json.loads((tmp_path / "two.json").read_text())
     assert together["processes"] == 2 and together["results"][0]["images"] == 19
     for head, measured in together["results"][0]["heads"].items():
         assert measured == pytest.approx(alone["results"][0]["heads"][head])
-    assert done.stdout.count("| model |") == 1
+    assert stdout.count("| model |") == 1

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,24 +21,28 @@ SCRIPTS = sorted([*ROOT.glob("recipes/**/*.py"), *ROOT.glob("benchmarks/**/*.py"
 # A module may import modules of the rows above its own, and nothing else of ours.
 LAYERS = (
     {
-        *("configuration_deit", "losses", "mixing", "augmentation", "repeated_augmentation", "metrics", "teachers"),
-        *("recipe", "model_card", "plots", "throughput", "ema", "decoding", "bad_images"),
-        *("local_layouts", "streaming"),
+        *("configuration_deit", "losses", "mixing", "augmentation", "repeated_augmentation", "metrics"),
+        *("recipe", "paper_tables", "model_card", "plots", "ema", "decoding", "bad_images", "local_layouts"),
+        *("streaming", "checkpoints", "health", "preemption"),
     },
-    {"checkpoint_conversion", "dataset_registry", "views", "distillation_config"},
-    {"modeling_deit", "data", "publishing", "sweep"},
+    {"classifiers", "dataset_registry", "views", "distillation_config", "throughput"},
+    {"checkpoint_conversion", "teachers", "data", "publishing", "sweep"},
+    {"modeling_deit", "resuming"},
     {"distillation_trainer", "evaluation", "analysis", "export"},
 )
 # The one file through which each heavy dependency comes in. (Benchmarks compare with peers, tests with references.)
 DOORS = {
-    "timm": "teachers",
+    "timm": "classifiers",
     "albumentations": "augmentation",
     "datasets": "data",
     "evaluate": "metrics",
     "matplotlib": "plots",
 }
 # Tests of the repository rather than of one module.
-REPOSITORY_TESTS = {"transformers_common", "recipes", "model_cards", "layout", "docs", "hub_server", "ecosystem"}
+REPOSITORY_TESTS = {
+    *("transformers_common", "recipes", "model_cards", "layout", "docs", "hub_server", "ecosystem", "scaling"),
+    *("bad_input", "security"),
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -98,17 +103,25 @@ def test_modules_and_tests_stand_one_to_one():
     assert tests - REPOSITORY_TESTS == modules
 
 
+def test_the_design_page_shows_these_layers_and_doors():
+    text = (ROOT / "docs" / "design.md").read_text("utf-8")
+    rows = re.findall(r"^\| \d \| (.+) \|$", text, re.MULTILINE)
+    assert tuple(set(re.findall(r"`(\w+)`", row)) for row in rows[: len(LAYERS)]) == LAYERS
+    sentence = text.partition("has one door: ")[2].partition(".\n")[0]
+    assert dict(re.findall(r"(\w+)\s`(\w+)\.py`", sentence)) == DOORS
+
+
 def test_every_public_name_exists():
     for name in hf_deit.__all__:
         assert getattr(hf_deit, name) is not None
 
 
 def test_import_is_light():
-    program = "import hf_deit, json, sys; print(json.dumps(sorted(sys.modules)))"
+    program = "import hf_deit, hf_deit.teachers, json, sys; print(json.dumps(sorted(sys.modules)))"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=300, check=True)
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
-    assert "hf_deit" in loaded
+    assert "hf_deit.classifiers" in loaded
     assert not loaded & {"timm", "albumentations", "datasets"}
 
 

@@ -1,16 +1,15 @@
 """Top-k accuracy, disagreement and the trainer's three heads, against loops over the samples and scikit-learn."""
 
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import top_k_accuracy_score
 from transformers import EvalPrediction
 
-from hf_deit.metrics import HEADS, Disagreement, ReaLAccuracy, TopKAccuracy, three_head_accuracy
+from hf_deit.metrics import HEADS, Disagreement, ReaLAccuracy, TopKAccuracy, three_head_accuracy, top_classes
 
 
 def best_of(scores: np.ndarray, k: int = 5) -> np.ndarray:
@@ -23,6 +22,12 @@ def scores_and_labels():
     labels = rng.integers(0, 20, 300)
     labels[:20] = np.arange(20)
     return rng.normal(size=(300, 20)) + 1.5 * np.eye(20)[labels], labels
+
+
+@pytest.mark.parametrize("shape, kept", [((7, 20), 5), ((7, 3, 20), 5), ((7, 4), 4)])
+def test_the_best_classes_are_the_first_of_a_sort(shape, kept):
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert top_classes(logits).tolist() == np.argsort(-logits.numpy(), axis=-1)[..., :kept].tolist()
 
 
 def test_top_k_equals_scikit_learn(scores_and_labels):
@@ -145,15 +150,12 @@ def test_metrics_leave_numpys_random_state_alone():
     assert (before[0] == after[0]).all() and before[1] == after[1]
 
 
-def test_no_cache_folder_is_needed():
-    program = (
-        "import hf_deit.metrics as m\n"
-        "metric = m.TopKAccuracy()\n"
-        "metric.add_batch(predictions=[[0, 1], [1, 0]], references=[0, 0])\n"
-        "print(metric.compute())"
-    )
+def test_no_cache_folder_is_needed(monkeypatch):
     # A file where the cache folder should be: nothing can be created below it.
-    environment = {**os.environ, "HF_HOME": f"{os.devnull}/cache", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "{'top1': 0.5, 'top5': 1.0}"
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", f"{os.devnull}/cache")
+    metric = TopKAccuracy()
+    metric.add_batch(predictions=[[0, 1], [1, 0]], references=[0, 0])
+    assert metric.compute() == {"top1": 0.5, "top5": 1.0}
+    monkeypatch.delattr("hf_deit.metrics._LocalMetric._build_data_dir")
+    with pytest.raises(NotADirectoryError):
+        TopKAccuracy()  # a metric of evaluate's own

@@ -257,11 +257,15 @@ def usage() -> dict[str, set[str]]:
 
 def test_the_code_for_hf_deit_prints_a_label(checkpoints, monkeypatch, capsys):
     monkeypatch.chdir(checkpoints)
-    for block in usage()["hf_deit"]:
+    code = usage()
+    for block in code["hf_deit"]:
         exec(block, {})
         assert capsys.readouterr().out.strip() in {"cat", "dog"}
+    for block in code["stock"]:
+        compile(block, "card", "exec")
 
 
+@pytest.mark.slow
 def test_the_code_for_stock_transformers_prints_a_label(checkpoints):
     program = "\n".join([*usage()["stock"], "import sys", "assert 'hf_deit' not in sys.modules"])
     command = [sys.executable, "-c", program]

@@ -140,7 +140,7 @@ def test_the_quickstart_runs(scripts, digits_teacher, tmp_path, capsys):
 
 
 def test_a_missing_teacher_is_trained_on_the_students_data_and_found_the_next_time(
-    scripts, digits_teacher, tmp_path, monkeypatch
+    scripts, digits_teacher, tmp_path, monkeypatch, quick
 ):
     monkeypatch.chdir(tmp_path)
     trained_on = []
@@ -156,13 +156,13 @@ def test_a_missing_teacher_is_trained_on_the_students_data_and_found_the_next_ti
         assert trained_on == [500]
 
 
-def test_the_plain_student_needs_no_teacher(scripts, tmp_path):
+def test_the_plain_student_needs_no_teacher(scripts, tmp_path, quick):
     arguments = ["--distillation_type", "none", "--use_distillation_token", "false", "--output_dir", str(tmp_path)]
     metrics = scripts[0].main([*SHRUNK, *arguments])
     assert "eval_top1" in metrics and "teacher_top1" not in metrics
 
 
-def test_a_student_goes_on_from_a_checkpoint_at_another_size(scripts, digits_teacher, tmp_path):
+def test_a_student_goes_on_from_a_checkpoint_at_another_size(scripts, digits_teacher, tmp_path, quick):
     """The 224 -> 384 path: distillation goes on during fine-tuning (section 4)."""
     arguments = [*SHRUNK, "--teacher", str(digits_teacher)]
     scripts[0].main([*arguments, "--output_dir", str(tmp_path / "small")])
@@ -315,7 +315,30 @@ def shrunk(path, tiny, output_dir):
     return options
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+REPLACED = (
+    "model_size",
+    "model_name_or_path",
+    "model_args",
+    "dataset_name",
+    "teacher",
+    "teacher_recipe",
+    "output_dir",
+)
+
+
+def one_of_each():
+    """Every recipe; slow where it differs from one before it only in what is replaced, or cut off after two steps."""
+    known = set()
+    for path in FILES:
+        keys = read(path)
+        kept = {name: value for name, value in keys.items() if name not in (*REPLACED, "num_train_epochs")}
+        taught, started = not {"teacher", "teacher_recipe"}.isdisjoint(keys), "model_name_or_path" in keys
+        kind = repr((path.parent.name == "transfer", is_of_a_teacher(path), taught, started, sorted(kept.items())))
+        yield pytest.param(path, marks=[pytest.mark.slow] * (kind in known), id=name_of(path))
+        known.add(kind)
+
+
+@pytest.mark.parametrize("path", one_of_each())
 def test_a_recipe_runs_shrunk(scripts, tiny, quick, path, tmp_path):
     keys, options = read(path), shrunk(path, tiny, tmp_path)
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]

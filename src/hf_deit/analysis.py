@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from .augmentation import EvalTransform
 from .mixing import normalize
 from .modeling_deit import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, DeiTPreTrainedModel
-from .recipe import DataArguments
+from .recipe import DataArguments, option
 from .views import EvalViews, collate_views
 
 
@@ -33,28 +33,24 @@ TABLE_4_HEADS = {"class": "class", "distillation": "distillation", "softmax": "c
 DIGITS = 6  # after the point, in JSON; a millionth is less than one image of any set
 
 
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class AnalysisArguments(DataArguments):
     """Which models to look into, on which images. Lists may be written with commas or blanks."""
 
-    image_size: int | None = _option(None, "Side of the views, pixels; unset: each model's own.")
-    crop_ratio: float | None = _option(
+    image_size: int | None = option(None, "Side of the views, pixels; unset: each model's own.")
+    crop_ratio: float | None = option(
         None, "Share of the shorter side that the centre crop keeps; unset: each model's own."
     )
-    models: list[str] | None = _option(
+    models: list[str] | None = option(
         None, "Directories, Hub ids, timm:<name>[?checkpoint=path] or python:<module>:<factory>."
     )
-    teacher: str | None = _option(None, "What taught them, of the same forms: one model more, and agreement with it.")
-    trust_class_order: bool = _option(False, "Do not compare class names: a model's i-th class is the data set's.")
-    attention_images: int = _option(4, "Draw attention over this many images, spread evenly over the set.")
-    attention_layer: int = _option(-1, "Whose attention: 1 is the first layer, -1 the last.")
-    output_dir: str = _option("outputs/analysis", "Where the pictures go, and their numbers as JSON.")
-    batch_size: int = _option(256, "Images at a time.")
-    num_workers: int = _option(4, "Processes that decode the images.")
+    teacher: str | None = option(None, "What taught them, of the same forms: one model more, and agreement with it.")
+    trust_class_order: bool = option(False, "Do not compare class names: a model's i-th class is the data set's.")
+    attention_images: int = option(4, "Draw attention over this many images, spread evenly over the set.")
+    attention_layer: int = option(-1, "Whose attention: 1 is the first layer, -1 the last.")
+    output_dir: str = option("outputs/analysis", "Where the pictures go, and their numbers as JSON.")
+    batch_size: int = option(256, "Images at a time.")
+    num_workers: int = option(4, "Processes that decode the images.")
 
     def __post_init__(self):
         self.models = [word for text in self.models or () for word in text.replace(",", " ").split()]

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
+from .classifiers import read_weights
 from .configuration_deit import STOCK_VALUES, DeiTConfig, as_pair
-from .teachers import read_weights
 
 
 logger = logging.getLogger(__name__)

@@ -269,7 +269,11 @@ def _splits_of_shards(kind: str, files: Mapping[str, list[str]]) -> Splits:
 
 def _from_shards(kind: str, split: str, paths: list[str]) -> datasets.Dataset:
     # Each split by itself: together, the class names of the first would be given to the others unseen.
-    rows = datasets.load_dataset(kind, data_files={split: paths}, split=split)
+    try:
+        rows = datasets.load_dataset(kind, data_files={split: paths}, split=split)
+    except Exception as error:  # datasets, pyarrow and JSON each have their own for damaged files and features
+        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{paths[0]!r} and its like cannot be read: {reason}") from error
     if "json" in rows.column_names and "cls" not in rows.column_names:  # a tar whose labels are in its json files
         keys = rows.select_columns(["json"]).flatten()
         rows = datasets.concatenate_datasets([rows.remove_columns("json"), keys], axis=1)

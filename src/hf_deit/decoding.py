@@ -24,6 +24,16 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 
+# Not all that Pillow reads: its EPS reader has Ghostscript run the file as a program, and some other readers hand it
+# to programs or decoders of their own. A JPEG of several pictures (MPO) counts as a JPEG.
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
+    if name in Image.OPEN  # AVIF depends on how Pillow was built
+)
+
+
 class DamagedImage(ValueError):
     """An image that is not there or cannot be decoded; the message is a short reason."""
 
@@ -44,8 +54,9 @@ def decode_image(encoded: Mapping | None, choose_part: Callable[[int, int], Part
     """One image as RGB.
 
     Args:
-        encoded: `{"bytes": bytes or None, "path": str or None}`, any format and mode Pillow reads: grey, palette,
-            CMYK, alpha (dropped), 16 bits (scaled down, not clipped), the first frame of several.
+        encoded: `{"bytes": bytes or None, "path": str or None}`, one of [`FORMATS`] whatever the file is called, in
+            any mode: grey, palette, CMYK, alpha (dropped), 16 bits (scaled down, not clipped), the first frame of
+            several.
         choose_part: asked once, with the height and width in pixels, for the [`Part`] that is needed.
 
     Returns:
@@ -193,7 +204,7 @@ def _turn_of_jpeg(data: bytes) -> _Turn:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return _turn(Image.open(io.BytesIO(data)))
+            return _turn(Image.open(io.BytesIO(data), formats=("JPEG",)))
         except Exception:  # its pixels are for the decoder to judge
             return _UPRIGHT
 
@@ -212,7 +223,7 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a large image, of damaged EXIF: not once per image
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 image.load()
                 return _upright(_rgb(image), _turn(image))
         except MemoryError:

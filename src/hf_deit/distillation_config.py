@@ -5,13 +5,16 @@ What the network *is* stands in configuration_deit.py; which data, model and tea
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
 
 from .losses import DISTILLATION_TYPES, KL_REDUCTIONS
+from .recipe import option
 
 
 # "lr = 0.0005 x batchsize / 512" (Table 9).
@@ -23,10 +26,6 @@ def _workers_per_process() -> int:
     """Every core this process may use, shared by the processes of the machine; at most the 10 of the authors' code."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(10, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -43,76 +42,76 @@ class DistillationConfig(TrainingArguments):
     """
 
     # Distillation
-    distillation_type: str = _option(
+    distillation_type: str = option(
         "hard",
         "'hard' (eq. 3), 'soft' (eq. 2), 'label' (the second token learns the true label: the control of section 4) "
         "or 'none'.",
     )
-    distillation_alpha: float | None = _option(
+    distillation_alpha: float | None = option(
         None, "Weight of the teacher's term, in [0, 1]. Unset: 0.5, and 0.1 for 'soft' (section 6)."
     )
-    distillation_temperature: float = _option(3.0, "Temperature tau of eq. 2; 'soft' only.")
-    kl_reduction: str = _option(
+    distillation_temperature: float = option(3.0, "Temperature tau of eq. 2; 'soft' only.")
+    kl_reduction: str = option(
         "batchmean", "'batchmean', or 'numel' to divide by batch x classes as the authors' code does; 'soft' only."
     )
 
     # Augmentation of each view
-    num_repeats: int = _option(3, "Repeated augmentation: views of an image in a batch; 1 turns it off.")
-    auto_augment: str = _option(
+    num_repeats: int = option(3, "Repeated augmentation: views of an image in a batch; 1 turns it off.")
+    auto_augment: str = option(
         "rand-m9-mstd0.5-inc1", "Policy in timm's notation: RandAugment, 'original' or 'v0' (AutoAugment), or 'none'."
     )
-    color_jitter: float = _option(0.3, "Strength of the colour jitter, used only where auto_augment is 'none'.")
-    horizontal_flip: float = _option(0.5, "Probability of a left-right flip; 0 where left and right differ (digits).")
-    random_crop: str | None = _option(
+    color_jitter: float = option(0.3, "Strength of the colour jitter, used only where auto_augment is 'none'.")
+    horizontal_flip: float = option(0.5, "Probability of a left-right flip; 0 where left and right differ (digits).")
+    random_crop: str | None = option(
         None,
         "'random_resized', or 'padded': shifted by up to 4 pixels. Unset: padded up to 32 pixels, as the authors.",
     )
-    min_crop_scale: float = _option(0.08, "Smallest share of the image that a random_resized crop keeps, in (0, 1].")
-    shuffle_buffer_size: int = _option(
+    min_crop_scale: float = option(0.08, "Smallest share of the image that a random_resized crop keeps, in (0, 1].")
+    shuffle_buffer_size: int = option(
         16_384,
         "Streaming: encoded images of all processes that are mixed at a time. 0: no shuffling, the stored order.",
     )
 
-    max_bad_images: float = _option(
+    max_bad_images: float = option(
         0.001, "Share of the training images, in [0, 1], that may be damaged before the run stops; 0 allows none."
     )
 
     # Regularisation of the batch, on the device
-    random_erasing_prob: float = _option(0.25, "Probability that a view loses a rectangle to noise.")
-    mixup_alpha: float = _option(0.8, "Beta parameter of Mixup; 0 turns it off.")
-    cutmix_alpha: float = _option(1.0, "Beta parameter of CutMix; 0 turns it off.")
-    mix_prob: float = _option(1.0, "Probability that a batch is mixed.")
-    mix_switch_prob: float = _option(0.5, "Probability of CutMix where Mixup is on too.")
-    label_smoothing_factor: float = _option(0.1, "Smoothing of the true labels, in [0, 1).")
+    random_erasing_prob: float = option(0.25, "Probability that a view loses a rectangle to noise.")
+    mixup_alpha: float = option(0.8, "Beta parameter of Mixup; 0 turns it off.")
+    cutmix_alpha: float = option(1.0, "Beta parameter of CutMix; 0 turns it off.")
+    mix_prob: float = option(1.0, "Probability that a batch is mixed.")
+    mix_switch_prob: float = option(0.5, "Probability of CutMix where Mixup is on too.")
+    label_smoothing_factor: float = option(0.1, "Smoothing of the true labels, in [0, 1).")
 
     # Optimisation
-    num_train_epochs: float = _option(300, "Epochs; one epoch is as many views as the set has images.")
-    per_device_train_batch_size: int = _option(128, "Views per device and forward pass; 1024 on the paper's 8 GPUs.")
-    per_device_eval_batch_size: int = _option(256, "Images per device and forward pass in evaluation.")
-    learning_rate: float | None = _option(None, "Peak learning rate, final: it is not scaled. Excludes the next.")
-    base_learning_rate: float | None = _option(
+    num_train_epochs: float = option(300, "Epochs; one epoch is as many views as the set has images.")
+    per_device_train_batch_size: int = option(128, "Views per device and forward pass; 1024 on the paper's 8 GPUs.")
+    per_device_eval_batch_size: int = option(256, "Images per device and forward pass in evaluation.")
+    learning_rate: float | None = option(None, "Peak learning rate, final: it is not scaled. Excludes the next.")
+    base_learning_rate: float | None = option(
         None, "Peak learning rate at a global batch of 512, scaled linearly. Unset with learning_rate unset: 5e-4."
     )
-    min_lr: float = _option(1e-5, "Learning rate at the end of the cosine.")
-    warmup_lr: float = _option(1e-6, "Learning rate at the first step.")
-    warmup_epochs: float = _option(5, "Epochs of linear warm-up; warmup_steps, if given, comes first.")
-    weight_decay: float = _option(0.05, "Decay of AdamW; not on biases, norms, class token and positions.")
-    max_grad_norm: float = _option(0.0, "Clipping; 0 is none, as in the paper.")
-    lr_scheduler_type: str = _option("cosine_warmup_with_min_lr", "Any of Transformers'; the paper's is a cosine.")
-    ema_decay: float | None = _option(None, "Moving average of the weights, evaluated beside them; authors: 0.99996.")
+    min_lr: float = option(1e-5, "Learning rate at the end of the cosine.")
+    warmup_lr: float = option(1e-6, "Learning rate at the first step.")
+    warmup_epochs: float = option(5, "Epochs of linear warm-up; warmup_steps, if given, comes first.")
+    weight_decay: float = option(0.05, "Decay of AdamW; not on biases, norms, class token and positions.")
+    max_grad_norm: float = option(0.0, "Clipping; 0 is none, as in the paper.")
+    lr_scheduler_type: str = option("cosine_warmup_with_min_lr", "Any of Transformers'; the paper's is a cosine.")
+    ema_decay: float | None = option(None, "Moving average of the weights, evaluated beside them; authors: 0.99996.")
 
     # The run
-    eval_strategy: str = _option("epoch", "When to evaluate: 'epoch', 'steps' or 'no'.")
-    save_strategy: str = _option("epoch", "When to write a checkpoint: 'epoch', 'steps' or 'no'.")
-    save_total_limit: int | None = _option(2, "Checkpoints kept.")
-    logging_steps: float = _option(50, "Steps between two lines of the log.")
-    logging_nan_inf_filter: bool = _option(False, "A non-finite loss stops the run; it is never averaged away.")
-    remove_unused_columns: bool = _option(False, "Views carry their seeds beside the model's inputs.")
-    ddp_find_unused_parameters: bool | None = _option(False, "Every parameter learns, so DDP need not search.")
+    eval_strategy: str = option("epoch", "When to evaluate: 'epoch', 'steps' or 'no'.")
+    save_strategy: str = option("epoch", "When to write a checkpoint: 'epoch', 'steps' or 'no'.")
+    save_total_limit: int | None = option(2, "Checkpoints kept.")
+    logging_steps: float = option(50, "Steps between two lines of the log.")
+    logging_nan_inf_filter: bool = option(False, "A non-finite loss stops the run; it is never averaged away.")
+    remove_unused_columns: bool = option(False, "Views carry their seeds beside the model's inputs.")
+    ddp_find_unused_parameters: bool | None = option(False, "Every parameter learns, so DDP need not search.")
     dataloader_num_workers: int = field(
         default_factory=_workers_per_process, metadata={"help": "Loader processes. Unset: the cores, at most 10."}
     )
-    dataloader_persistent_workers: bool = _option(True, "Keep the loader processes between epochs.")
+    dataloader_persistent_workers: bool = option(True, "Keep the loader processes between epochs.")
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Page-locked batches. Unset: where there is a GPU."}
     )
@@ -137,6 +136,16 @@ class DistillationConfig(TrainingArguments):
         for name, choices in (("distillation_type", DISTILLATION_TYPES), ("kl_reduction", KL_REDUCTIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.dataloader_num_workers < 0:
+            raise ValueError(f"dataloader_num_workers is {self.dataloader_num_workers}; it must be 0 or more")
+        occupied = next(path for path in (Path(self.output_dir), *Path(self.output_dir).parents) if path.exists())
+        if not self.output_dir or not occupied.is_dir():
+            raise ValueError(
+                f"output_dir {self.output_dir!r} cannot be a directory: {str(occupied)!r} is no directory"
+            )
         if self.distillation_alpha is not None and not 0 <= self.distillation_alpha <= 1:
             raise ValueError(f"distillation_alpha is {self.distillation_alpha}; it is a weight in [0, 1]")
         if self.distillation_temperature <= 0:
@@ -162,6 +171,8 @@ class DistillationConfig(TrainingArguments):
                 f"learning_rate {self.learning_rate:g} and base_learning_rate {self.base_learning_rate:g} are both "
                 "given: keep learning_rate for a final value, or base_learning_rate for one scaled by batch / 512"
             )
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate:g}; it must be a positive number")
         if self.lr_scheduler_type == "cosine_warmup_with_min_lr" and self.min_lr > self.learning_rate:
             raise ValueError(
                 f"min_lr {self.min_lr:g} is above the learning rate {self.learning_rate:g} (batch "

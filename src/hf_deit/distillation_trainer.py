@@ -2,7 +2,7 @@
 
 The order of the views, the batch's way on the device, the loss with the teacher's answer in it, the parameter groups,
 the accuracy of the three heads. The numbers come from distillation_config.py, the mathematics from losses.py and
-mixing.py; the card and the Hub are in publishing.py.
+mixing.py; the card and the Hub are in publishing.py, checkpoints in resuming.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from transformers.trainer_pt_utils import get_parameter_names
 from .bad_images import BadImages
 from .distillation_config import DistillationConfig
 from .ema import ExponentialMovingAverage
+from .health import CheckedLabels, Health, check_labels
 from .losses import distillation_loss
-from .metrics import TopKAccuracy, three_head_accuracy
+from .metrics import TopKAccuracy, three_head_accuracy, top_classes
 from .mixing import Mixing, normalize
 from .plots import plot_run
 from .publishing import Publishing, UnwrittenToken, hub_failures_told
 from .recipe import DataArguments
 from .repeated_augmentation import RepeatedAugmentationSampler
+from .resuming import Resuming
 from .views import collate_views
 
 
@@ -38,10 +40,8 @@ logger = logging.getLogger(__name__)
 # (facebookresearch/deit, no_weight_decay of its models).
 NOT_DECAYED = (r"bias", r"(^|\.)[a-z_]*norm[a-z_]*(\.|$)", r"cls_token", r"position_embeddings|pos_embed")
 
-TOP_K = 5
 
-
-class DistillationTrainer(Publishing, Trainer):
+class DistillationTrainer(Publishing, Resuming, Trainer):
     """Trains an image classifier, with or without a teacher.
 
     Args:
@@ -83,15 +83,25 @@ class DistillationTrainer(Publishing, Trainer):
     ):
         if args.hub_token is not None:
             args.hub_token = UnwrittenToken(args.hub_token)
+        num_labels = model.config.num_labels
+        data_collator = CheckedLabels(data_collator, num_labels)
         with hub_failures_told(args, lambda: "Training has not begun: mend it first"):
             super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
         self._check_heads_and_teacher(teacher)
+        for part, dataset in (("training", self.train_dataset), ("evaluation", self.eval_dataset)):
+            check_labels(getattr(dataset, "images", ()), num_labels, part)
         self.teacher = teacher.to(args.device) if teacher is not None else None
         if mean is None or std is None:
             if self.processing_class is None:
                 raise ValueError("how pixels are normalised is not known: pass processing_class, or mean and std")
             mean, std = self.processing_class.image_mean, self.processing_class.image_std
-        self.mixing = Mixing(model.config.num_labels, mean, std, **args.mixing_options())
+        self.health = Health(
+            num_labels,
+            teacher=teacher.name if teacher is not None else None,
+            id2label=model.config.id2label,
+            quiet=not self.is_world_process_zero(),
+        )
+        self.mixing = Mixing(num_labels, mean, std, **args.mixing_options())
         self.ema = None
         if args.ema_decay is not None:
             self.ema = ExponentialMovingAverage(args.ema_decay)
@@ -182,34 +192,27 @@ class DistillationTrainer(Publishing, Trainer):
         pixel_values, labels = self.mixing(inputs["pixel_values"], inputs["labels"], view_seeds)
         teacher_logits = self.teacher(pixel_values) if self.teacher is not None else None
         outputs = model(pixel_values=pixel_values)
+        class_logits = outputs.get("cls_logits", outputs["logits"])
+        distillation_logits = outputs.get("distillation_logits")
         losses = distillation_loss(
-            outputs.get("cls_logits", outputs["logits"]),
-            outputs.get("distillation_logits"),
-            labels,
-            teacher_logits,
-            **self.args.loss_options(),
+            class_logits, distillation_logits, labels, teacher_logits, **self.args.loss_options()
         )
+        heads = {"class head": class_logits, "distillation head": distillation_logits}
+        self.health.see_batch(losses, heads, teacher_logits, labels)
         for name, value in losses.items():
             if name != "loss":
                 self._loss_sums[name] = self._loss_sums.get(name, 0) + value.detach()
         self._batches_summed += 1
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm=None) -> Tensor | float:
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None) -> float:
         """Called once per step between backward and the optimizer: the place to stop before the weights are hurt."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        # Under fp16 the scaler skips steps with infinite gradients and lowers its scale: that is not a failure.
-        if not math.isfinite(grad_norm) and self.accelerator.scaler is None:
-            self._stop_on_non_finite(float(grad_norm))
-        return grad_norm
-
-    def _stop_on_non_finite(self, grad_norm: float) -> None:
-        losses = {name: (value / self._batches_summed).item() for name, value in self._loss_sums.items()}
-        raise FloatingPointError(
-            f"training stopped at step {self.state.global_step + 1}: gradient norm {grad_norm}, learning rate "
-            f"{self._get_learning_rate():.3g}, mean losses since the last log {losses}. No weight was changed in this "
-            f"step; checkpoints in {self.args.output_dir} are from before it. Usual causes: a learning rate too high, "
-            "a warm-up too short, fp16 (use bf16), a damaged input"
+        return self.health.see_step(
+            self.state.global_step + 1,
+            super()._get_grad_norm(model, grad_norm),
+            self._get_learning_rate(),
+            warmed_up=self.state.global_step >= self.args.get_warmup_steps(self.state.max_steps),
+            scaler=self.accelerator.scaler,
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -226,7 +229,8 @@ class DistillationTrainer(Publishing, Trainer):
         """Trains, evaluates the student and its teacher, and leaves everything a run leaves in `output_dir`.
 
         That is model.safetensors, config.json, preprocessor_config.json, README.md (the card), all_results.json,
-        trainer_state.json and report.png; with `push_to_hub` they go to the Hub last of all.
+        trainer_state.json and report.png. An unfinished run in `output_dir` goes on from its last whole checkpoint.
+        With `push_to_hub` all this goes to the Hub last of all.
 
         Returns:
             What all_results.json holds: Trainer's names, `eval_top1` and so on as fractions in [0, 1].
@@ -236,10 +240,7 @@ class DistillationTrainer(Publishing, Trainer):
         """
         if self.is_world_process_zero():
             print(self.banner(), flush=True)
-        resume = self.args.resume_from_checkpoint
-        if resume is None:
-            self.bad_images.forget()
-        train_metrics = self.train(resume_from_checkpoint=True if resume == "True" else resume).metrics
+        train_metrics = self.train(self.args.resume_from_checkpoint or "auto").metrics
         self.save_model(_internal_call=True)  # else it would be uploaded here, before there are results
         if self.bad_images:
             train_metrics["bad_images"] = len(self.bad_images)
@@ -248,7 +249,6 @@ class DistillationTrainer(Publishing, Trainer):
         if self.teacher is not None:
             metrics |= self.evaluate_teacher()
         self.save_metrics("eval", metrics)
-        self.save_state()
         if self.is_world_process_zero():
             self.create_model_card()
             plot_run(
@@ -256,9 +256,12 @@ class DistillationTrainer(Publishing, Trainer):
                 Path(self.args.output_dir, "report.png"),
                 teacher_top1=metrics.get("teacher_top1"),
             )
+        self.save_state()  # last: it is what tells a finished run from one that was cut off
+        if self.is_world_process_zero():
             print(accuracy_table(metrics), f"everything is in {self.args.output_dir}", sep="\n", flush=True)
         if self.args.push_to_hub:
             self.push_to_hub()
+        self.accelerator.wait_for_everyone()  # launchers end the others soon after the first that ends
         return train_metrics | metrics
 
     def banner(self) -> str:
@@ -306,7 +309,7 @@ class DistillationTrainer(Publishing, Trainer):
             heads += [outputs["cls_logits"], outputs["distillation_logits"]]
         labels = inputs["labels"]
         cross_entropy = F.cross_entropy(outputs["logits"].float(), labels, reduction="none")
-        return None, (_best_classes(torch.stack(heads, dim=1)), cross_entropy), labels
+        return None, (top_classes(torch.stack(heads, dim=1)), cross_entropy), labels
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Accuracy of the three heads; with `ema_decay`, of the averaged weights too (`eval_ema_...`)."""
@@ -325,7 +328,7 @@ class DistillationTrainer(Publishing, Trainer):
         for batch in self.get_eval_dataloader():
             batch = self._prepare_inputs(batch)
             logits = self.teacher(normalize(batch["pixel_values"], self.mixing.mean, self.mixing.std))
-            gathered = self.accelerator.gather_for_metrics((_best_classes(logits), batch["labels"]))
+            gathered = self.accelerator.gather_for_metrics((top_classes(logits), batch["labels"]))
             best_classes.append(gathered[0].cpu())
             labels.append(gathered[1].cpu())
         accuracy = TopKAccuracy().compute(predictions=torch.cat(best_classes), references=torch.cat(labels))
@@ -335,11 +338,6 @@ class DistillationTrainer(Publishing, Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._accuracy = {}
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.ema is not None:
-            self.ema.load(resume_from_checkpoint)
 
 
 def accuracy_table(metrics: dict[str, float]) -> str:
@@ -357,8 +355,3 @@ def accuracy_table(metrics: dict[str, float]) -> str:
         if f"{prefix}_top1" in metrics:
             lines.append(f"{title:<18}{metrics[f'{prefix}_top1']:>8.4f}{metrics[f'{prefix}_top5']:>8.4f}")
     return "\n".join(lines)
-
-
-def _best_classes(logits: Tensor) -> Tensor:
-    """`(..., classes)` to the `(..., min(5, classes))` best class indices, best first."""
-    return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices

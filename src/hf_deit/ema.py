@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +37,8 @@ class ExponentialMovingAverage(TrainerCallback):
 
     d = min(decay, (1 + t) / (10 + t)) after t updates, so that the average always follows the run's own length.
     The average lives beside the weights on their device (4 bytes a parameter) and is equal on all ranks without
-    communication. Every checkpoint holds it as `ema.safetensors`, with the parameter names of `model.safetensors`.
+    communication. Every checkpoint of [`DistillationTrainer`] holds it as `ema.safetensors`, with the
+    parameter names of `model.safetensors`.
 
     Args:
         decay: in [0, 1). 0.99996 is the authors' for 300 epochs of ImageNet.
@@ -74,10 +74,6 @@ class ExponentialMovingAverage(TrainerCallback):
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
         self.num_updates += 1
 
-    def on_save(self, args, state, control, **kwargs):
-        if args.should_save:
-            self.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
     # What the trainer of this package calls
 
     @contextmanager
@@ -100,12 +96,9 @@ class ExponentialMovingAverage(TrainerCallback):
             _copy(own, weights)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write `ema.safetensors` into `directory`; a kill halfway leaves no half file behind that name."""
-        path = Path(directory) / EMA_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        save_file(self.average, unfinished, metadata={"format": "pt", "num_updates": str(self.num_updates)})
-        os.replace(unfinished, path)
+        """Write `ema.safetensors` into `directory`, which is there."""
+        metadata = {"format": "pt", "num_updates": str(self.num_updates)}
+        save_file(self.average, Path(directory) / EMA_NAME, metadata=metadata)
 
     def load(self, checkpoint_dir: str | os.PathLike) -> None:
         """Continue from a checkpoint's average: call it before training starts. Restored bit for bit.

@@ -20,7 +20,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
@@ -32,18 +32,26 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from .augmentation import IMAGENET_MEAN, IMAGENET_STD, build_eval_transform
-from .metrics import ReaLAccuracy, TopKAccuracy
+from .classifiers import (
+    FoundClassifier,
+    Spec,
+    class_names,
+    class_order,
+    find_classifier,
+    fingerprint,
+    first_line,
+    logits_of,
+    some_of,
+)
+from .metrics import ReaLAccuracy, TopKAccuracy, top_classes
 from .mixing import normalize
 from .modeling_deit import DeiTPreTrainedModel, fuse_heads
-from .recipe import DataArguments
-from .teachers import FoundClassifier, Spec, class_names, class_order, find_classifier, fingerprint, logits_of
+from .recipe import DataArguments, option
 from .views import EvalViews, collate_views
 
 
 # What a model with two heads is asked for; the last two fuse both (see `fuse_heads`). A single head is a "class" head.
 HEADS = ("class", "distillation", "softmax", "logits")
-
-TOP_K = 5
 
 
 def load_classifier(
@@ -157,10 +165,9 @@ class Classifier(nn.Module):
                 self._resize()
             logits = self._logits(torch.zeros(1, 3, size, size))
         except Exception as error:  # whatever the foreign code raises
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise ValueError(
-                f"model {self.name!r} could not read a blank {size} x {size} image: {reason}. Its own size is "
-                f"{found.image_size or 'not known'}"
+                f"model {self.name!r} could not read a blank {size} x {size} image: {first_line(error)}. "
+                f"Its own size is {found.image_size or 'not known'}"
             ) from error
         if logits["class"] is None or logits["class"].ndim != 2:
             raise ValueError(
@@ -262,8 +269,7 @@ def predict(
         outputs = classifier(normalize(pixels, classifier.mean, classifier.std))
         targets = labels.to(device) if isinstance(labels, Tensor) else _as_mask(labels, outputs["class"])
         results = {
-            head: (logits.topk(min(TOP_K, logits.shape[1])).indices.cpu().numpy(), _losses(logits, targets))
-            for head, logits in outputs.items()
+            head: (top_classes(logits).cpu().numpy(), _losses(logits, targets)) for head, logits in outputs.items()
         }
         numbers, share = share[: len(labels)], share[len(labels) :]
         batches.append((numbers, results, labels.tolist() if isinstance(labels, Tensor) else labels))
@@ -342,7 +348,7 @@ def _are_numbers(names: Sequence[str]) -> bool:
 
 
 def _such_as(names: Sequence[str] | None) -> str:
-    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    return f" ({some_of(names)})" if names else ""
 
 
 def _without_rounding(crop_ratio: float | None, image_size: int) -> float | None:
@@ -356,28 +362,24 @@ def _without_rounding(crop_ratio: float | None, image_size: int) -> float | None
 # --- what run_eval.py reads and writes -----------------------------------------------------------------------------
 
 
-def _option(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class EvaluationArguments(DataArguments):
     """Which models to evaluate on which images. Lists may be written with blanks or with commas."""
 
-    models: list[str] | None = _option(
+    models: list[str] | None = option(
         None, "Directories, Hub ids, timm:<name>[?checkpoint=path] or python:<module>:<factory>."
     )
-    image_size: list[str] | None = _option(None, "Sides of the views, pixels, in turn; unset: each model's own.")
-    crop_ratio: list[str] | None = _option(
+    image_size: list[str] | None = option(None, "Sides of the views, pixels, in turn; unset: each model's own.")
+    crop_ratio: list[str] | None = option(
         None, "Shares of the shorter side that the centre crop keeps, in turn; unset: each model's own."
     )
-    heads: list[str] | None = _option(
+    heads: list[str] | None = option(
         None, "Of models with two heads: class, distillation, and their fusions softmax and logits; unset: all four."
     )
-    trust_class_order: bool = _option(False, "Do not compare class names: a model's i-th class is the data set's.")
-    output: str = _option("outputs/evaluation", "Where the results go: <output>.md and <output>.json.")
-    batch_size: int = _option(256, "Images at a time in each process.")
-    num_workers: int = _option(4, "Processes that decode images, for each process that evaluates.")
+    trust_class_order: bool = option(False, "Do not compare class names: a model's i-th class is the data set's.")
+    output: str = option("outputs/evaluation", "Where the results go: <output>.md and <output>.json.")
+    batch_size: int = option(256, "Images at a time in each process.")
+    num_workers: int = option(4, "Processes that decode images, for each process that evaluates.")
 
     def __post_init__(self):
         self.models, self.heads = _words(self.models), _words(self.heads) or list(HEADS)

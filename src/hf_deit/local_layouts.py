@@ -153,7 +153,13 @@ def _is_image(name: str) -> bool:
 
 
 def _walk_images(folder: str | Path) -> Iterable[str]:
+    seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
+        place = os.stat(parent)
+        if (place.st_dev, place.st_ino) in seen:  # a link back to where we were
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(parent, name) for name in files if _is_image(name))
 

@@ -4,7 +4,7 @@
 ImageNet's validation set). These classes are part of the package, read the few best classes of each sample instead of
 logits, and keep everything in memory: no network, no cache file, nothing for two processes to collide on.
 
-Not here: choosing those classes (the trainer does, on the device) and the loss.
+Not here: the loss.
 Source: Table 4 of Touvron et al. 2021 (arXiv 2012.12877) for the disagreement; its top-1 everywhere else.
 """
 
@@ -22,10 +22,18 @@ from evaluate.module import Sequence as ListOf
 
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import EvalPrediction
 
 # The order of the heads in the trainer's predictions. A model with one head has the first only.
 HEADS = ("fused", "class", "distillation")
+
+TOP_K = 5
+
+
+def top_classes(logits: Tensor) -> Tensor:
+    """`(..., classes)` to the `(..., min(5, classes))` best class numbers, int64, best first: on the device."""
+    return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices
 
 
 class _LocalMetric(evaluate.Metric):

@@ -1,7 +1,8 @@
 """The model card: README.md of a finished run, front matter for the Hub included.
 
 Pure functions of plain facts, which publishing.py collects; the text is in model_card_template.md. Nothing
-here measures, trains or uploads. A card goes public, so what names a place on this machine is cut to its last part.
+here measures, trains or uploads. A card goes public, so what names a place on this machine is cut to its last part,
+and names, which may be somebody else's, stay text: no Markdown, HTML, front matter or code comes of them.
 
 Source: the front matter is the Hub's model card specification (huggingface/hub-docs, modelcard.md).
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -25,6 +26,8 @@ LOSSES = {
     "none": "labels",
 }
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+# Of the facts, those that the template shows as they are.
+SHOWN_NAMES = ("name", "architecture", "head_fusion", "dataset_terms", "eval_split")
 # An absolute path inside a word, `~/` and `C:\\` included; not the slashes of `owner/name` or of `https://`.
 ABSOLUTE_PATH = re.compile(
     r"""(?<![\w./~])(?:~|[A-Za-z]:)?[\\/](?![\\/])  # where it begins
@@ -100,18 +103,21 @@ class CardFacts:
 
 def build_model_card(facts: CardFacts) -> ModelCard:
     """The whole card; `str()` of it is README.md."""
+    command = public_command(facts.command, facts.processes)
     return ModelCard.from_template(
         _front_matter(facts),
         template_path=str(TEMPLATE),
-        facts=facts,
+        facts=replace(facts, **{name: as_text(getattr(facts, name)) for name in SHOWN_NAMES}),
         accuracies=accuracy_rows(facts.metrics),
-        dataset=public_name(facts.dataset),
-        teacher=public_name(facts.teacher),
-        base_model=public_name(facts.base_model),
+        dataset=as_text(public_name(facts.dataset)),
+        teacher=as_text(public_name(facts.teacher)),
+        base_model=as_text(public_name(facts.base_model)),
         fused_unlike_stock=facts.head_fusion not in (None, "logits"),
         loss=LOSSES[facts.distillation_type],
-        settings={name: tuple(map(_shown, values)) for name, values in facts.settings.items()},
-        command=public_command(facts.command, facts.processes),
+        settings={as_text(name): tuple(map(_shown, values)) for name, values in facts.settings.items()},
+        command=command,
+        # longer than any inside, which would end the block
+        fence="`" * max([3, *(1 + len(ticks) for ticks in re.findall("`+", command))]),
     )
 
 
@@ -206,7 +212,15 @@ def public_command(words: Sequence[str], processes: int = 1) -> str:
     return f"accelerate launch --num_processes {processes} {shlex.join(kept)}"
 
 
+def as_text(name: str | None) -> str | None:
+    """A name on one line, in which nothing is Markdown, HTML or the end of a table's cell or of `code`."""
+    if name is None:
+        return None
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
+    return re.sub(r"([\\\[\]<>|])", r"\\\1", line.replace("`", "'"))
+
+
 def _shown(value: object) -> str:
     if value is None:
         return "unset"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else as_text(str(value))

@@ -624,4 +624,5 @@ def _shortened(text: str, longest: int = 40) -> str:
     if len(head) > longest // 2:
         name, colon, head = text, "", ""
     half = (longest - len(colon + head) - 1) // 2
-    return text if len(text) <= longest else f"{name[:half]}…{name[-half:]}{colon}{head}"
+    short = text if len(text) <= longest else f"{name[:half]}…{name[-half:]}{colon}{head}"
+    return short.replace("$", r"\$")  # else matplotlib reads a formula

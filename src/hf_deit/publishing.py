@@ -152,11 +152,16 @@ INHERITED_SETTINGS = (
 PAPER_BATCH_SIZE = 1024
 
 
+def settings_of(args: DistillationConfig) -> dict[str, object]:
+    """What the weights depend on, by name; the learning rate and the batch stand apart (see [`CardFacts`])."""
+    own = [name for name in DistillationConfig.__annotations__ if name not in NOT_SETTINGS]
+    return {name: getattr(args, name) for name in (*own, *INHERITED_SETTINGS)}
+
+
 def _settings_that_differ(args: DistillationConfig, config) -> dict[str, tuple[object, object]]:
     """Name to this run's value and the default's, which is Table 9's."""
-    own = [name for name in DistillationConfig.__annotations__ if name not in NOT_SETTINGS]
     defaults = {item.name: item.default for item in fields(args)}
-    values = {name: (getattr(args, name), defaults[name]) for name in (*own, *INHERITED_SETTINGS)}
+    values = {name: (value, defaults[name]) for name, value in settings_of(args).items()}
     batch_size = args.effective_batch_size
     scaled = PAPER_BASE_LEARNING_RATE * batch_size / BASE_BATCH_SIZE
     values["batch size"] = (batch_size, PAPER_BATCH_SIZE)

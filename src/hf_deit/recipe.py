@@ -19,7 +19,8 @@ import yaml
 from transformers import HfArgumentParser
 
 
-def _option(default, text: str):
+def option(default, text: str):
+    """A field of a dataclass of settings; the text is what `--help` says of it."""
     return field(default=default, metadata={"help": text})
 
 
@@ -27,20 +28,20 @@ def _option(default, text: str):
 class DataArguments:
     """Which images, and at what size."""
 
-    dataset_name: str = _option("imagenet-1k", "Registry name, Hub id, or directory of images or parquet files.")
-    data_dir: str | None = _option(None, "Where the set of that registry name lies; unset: on the Hub.")
-    category_level: str | None = _option(
+    dataset_name: str = option("imagenet-1k", "Registry name, Hub id, or directory of images or parquet files.")
+    data_dir: str | None = option(None, "Where the set of that registry name lies; unset: on the Hub.")
+    category_level: str | None = option(
         None, "iNaturalist: what a class is, 'kingdom' ... 'genus' or 'name' (species; default)."
     )
-    streaming: bool = _option(False, "Read the training images (parquet) while training, without downloading them.")
-    image_column: str | None = _option(None, "Column of the images, where it cannot be told from the types.")
-    label_column: str | None = _option(None, "Column of the labels, where it cannot be told from the types.")
-    train_split: str | None = _option(None, "Split to train on.")
-    eval_split: str | None = _option(None, "Split to evaluate on.")
-    max_train_samples: int | None = _option(None, "Train on a random subset of this many images.")
-    max_eval_samples: int | None = _option(None, "Evaluate on a random subset of this many images.")
-    image_size: int = _option(224, "Side of the square views, pixels.")
-    crop_ratio: float | None = _option(
+    streaming: bool = option(False, "Read the training images (parquet) while training, without downloading them.")
+    image_column: str | None = option(None, "Column of the images, where it cannot be told from the types.")
+    label_column: str | None = option(None, "Column of the labels, where it cannot be told from the types.")
+    train_split: str | None = option(None, "Split to train on.")
+    eval_split: str | None = option(None, "Split to evaluate on.")
+    max_train_samples: int | None = option(None, "Train on a random subset of this many images.")
+    max_eval_samples: int | None = option(None, "Evaluate on a random subset of this many images.")
+    image_size: int = option(224, "Side of the square views, pixels.")
+    crop_ratio: float | None = option(
         None,
         "Evaluation: share of the shorter side that the centre crop keeps. Unset: 0.875; 1 up to 32 px and from 384.",
     )
@@ -58,23 +59,23 @@ class DataArguments:
 class ModelArguments:
     """Which student and which teacher: a checkpoint, or a named size, or the fields of DeiTConfig (they override)."""
 
-    model_name_or_path: str | None = _option(None, "DeiT checkpoint to start from: directory or Hub id.")
-    model_size: str | None = _option(None, "'tiny', 'small' or 'base' (Table 1), with fresh weights.")
-    use_distillation_token: bool = _option(True, "Two tokens and two heads; false is the plain DeiT.")
-    hidden_size: int | None = _option(None, "Embedding dimension.")
-    num_hidden_layers: int | None = _option(None, "Number of blocks.")
-    num_attention_heads: int | None = _option(None, "Number of attention heads.")
-    patch_size: int | None = _option(None, "Side of a patch, pixels.")
-    drop_path_rate: float | None = _option(None, "Stochastic depth of the last block, in [0, 1). Paper: 0.1.")
-    hidden_dropout_prob: float | None = _option(
+    model_name_or_path: str | None = option(None, "DeiT checkpoint to start from: directory or Hub id.")
+    model_size: str | None = option(None, "'tiny', 'small' or 'base' (Table 1), with fresh weights.")
+    use_distillation_token: bool = option(True, "Two tokens and two heads; false is the plain DeiT.")
+    hidden_size: int | None = option(None, "Embedding dimension.")
+    num_hidden_layers: int | None = option(None, "Number of blocks.")
+    num_attention_heads: int | None = option(None, "Number of attention heads.")
+    patch_size: int | None = option(None, "Side of a patch, pixels.")
+    drop_path_rate: float | None = option(None, "Stochastic depth of the last block, in [0, 1). Paper: 0.1.")
+    hidden_dropout_prob: float | None = option(
         None, "Dropout after the embeddings and on both branches of a block, in [0, 1). Paper: 0."
     )
-    head_fusion: str | None = _option(None, "'softmax' (paper), 'logits', 'class' or 'distillation'.")
-    attn_implementation: str | None = _option(None, "'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'.")
-    teacher: str | None = _option(
+    head_fusion: str | None = option(None, "'softmax' (paper), 'logits', 'class' or 'distillation'.")
+    attn_implementation: str | None = option(None, "'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'.")
+    teacher: str | None = option(
         None, "Directory, Hub id, timm:<name>[?checkpoint=path] or python:<module>:<factory>; several with commas."
     )
-    teacher_recipe: str | None = _option(
+    teacher_recipe: str | None = option(
         None, "Where teacher is unset: recipe beside run_teacher.py that makes it, run first if its output is absent."
     )
 
@@ -96,10 +97,10 @@ class ModelArguments:
 class ClassifierArguments:
     """Which teacher run_teacher.py trains."""
 
-    model_name_or_path: str = _option(
+    model_name_or_path: str = option(
         "timm:regnety_160", "timm:<architecture> for fresh weights, or a directory or Hub id to fine-tune."
     )
-    model_args: dict | str | None = _option(None, "Arguments of timm's create_model, as a mapping (JSON).")
+    model_args: dict | str | None = option(None, "Arguments of timm's create_model, as a mapping (JSON).")
 
     def __post_init__(self):
         if isinstance(self.model_args, str):
@@ -147,6 +148,11 @@ def _read_recipe(path: Path, known: set[str]) -> dict:
     for key in keys:
         if key not in known:
             raise ValueError(f"recipe {str(path)!r} has the key {key!r}{_did_you_mean(str(key), known)}")
+        if re.search(r"(^|[\s,'\"\[])python:", str(keys[key])):
+            raise ValueError(
+                f"recipe {str(path)!r} names code to run, {keys[key]!r}, and a recipe is data: give it on the command "
+                f"line, --{key} {keys[key]}"
+            )
     return {key: _as_typed(value) for key, value in keys.items()}
 
 
@@ -173,6 +179,10 @@ def exit_clearly(main: Callable[[], object]) -> None:
     """
     try:
         main()
+    except SystemExit as error:
+        if message := getattr(error, "message", None):
+            print(message, file=sys.stderr, flush=True)
+        raise
     except (ValueError, FloatingPointError) as error:
         here = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
         file, message = _raised_in_worker(str(error)) or here

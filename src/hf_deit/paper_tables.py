@@ -1,0 +1,157 @@
+"""Tables 1, 5 and 10 of the paper, row by row, and the names that networks have on the command line.
+
+Not here: the numbers of the tables that are run as sweeps (`recipes/tables/`), and measuring (`throughput.py`).
+
+Source: arXiv 2012.12877, Tables 1, 5 and 10.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One row of the paper. Throughput: images per second of one V100 of 16 GB. Accuracies: top-1 in percent."""
+
+    name: str
+    model: str
+    parameters: float
+    image_size: int
+    images_per_second: float
+    imagenet: float | None = None
+    real: float | None = None
+    v2: float | None = None
+
+    @property
+    def spec(self) -> str:
+        """What names it in `ThroughputArguments.models`."""
+        own_size = self.image_size == 224 and not self.model.startswith("timm:")
+        return self.model if own_size else f"{self.model}@{self.image_size}"
+
+    @property
+    def family(self) -> str:
+        """Rows of one family make one line in the picture of [`tradeoff_points`]."""
+        if not self.name.startswith("DeiT"):
+            return self.name.split("-")[0]
+        longer = ", 1000 epochs" if "1000" in self.name else ""
+        return ("DeiT distilled" if "distilled" in self.name else "DeiT") + longer
+
+
+# Millions of parameters and the throughput are the paper's; a model is measured in the definition of timm, as there.
+PAPER_TABLES: dict[str, tuple[PaperRow, ...]] = {
+    "table1": (
+        PaperRow("DeiT-Ti", "tiny", 5, 224, 2536),
+        PaperRow("DeiT-S", "small", 22, 224, 940),
+        PaperRow("DeiT-B", "base", 86, 224, 292),
+    ),
+    "table5": (
+        PaperRow("ResNet-18", "timm:resnet18", 12, 224, 4458.4, 69.8, 77.3, 57.1),
+        PaperRow("ResNet-50", "timm:resnet50", 25, 224, 1226.1, 76.2, 82.5, 63.3),
+        PaperRow("ResNet-101", "timm:resnet101", 45, 224, 753.6, 77.4, 83.7, 65.7),
+        PaperRow("ResNet-152", "timm:resnet152", 60, 224, 526.4, 78.3, 84.1, 67.0),
+        PaperRow("RegNetY-4GF", "timm:regnety_040", 21, 224, 1156.7, 80.0, 86.4, 69.4),
+        PaperRow("RegNetY-8GF", "timm:regnety_080", 39, 224, 591.6, 81.7, 87.4, 70.8),
+        PaperRow("RegNetY-16GF", "timm:regnety_160", 84, 224, 334.7, 82.9, 88.1, 72.4),
+        PaperRow("EfficientNet-B0", "timm:tf_efficientnet_b0", 5, 224, 2694.3, 77.1, 83.5, 64.3),
+        PaperRow("EfficientNet-B1", "timm:tf_efficientnet_b1", 8, 240, 1662.5, 79.1, 84.9, 66.9),
+        PaperRow("EfficientNet-B2", "timm:tf_efficientnet_b2", 9, 260, 1255.7, 80.1, 85.9, 68.8),
+        PaperRow("EfficientNet-B3", "timm:tf_efficientnet_b3", 12, 300, 732.1, 81.6, 86.8, 70.6),
+        PaperRow("EfficientNet-B4", "timm:tf_efficientnet_b4", 19, 380, 349.4, 82.9, 88.0, 72.3),
+        PaperRow("EfficientNet-B5", "timm:tf_efficientnet_b5", 30, 456, 169.1, 83.6, 88.3, 73.6),
+        PaperRow("EfficientNet-B6", "timm:tf_efficientnet_b6", 43, 528, 96.9, 84.0, 88.8, 73.9),
+        PaperRow("EfficientNet-B7", "timm:tf_efficientnet_b7", 66, 600, 55.1, 84.3),
+        # The paper prints B6's throughput for B5 RA; its network is B5's.
+        PaperRow("EfficientNet-B5 RA", "timm:tf_efficientnet_b5", 30, 456, 96.9, 83.7),
+        PaperRow("EfficientNet-B7 RA", "timm:tf_efficientnet_b7", 66, 600, 55.1, 84.7),
+        PaperRow("KDforAA-B8", "timm:tf_efficientnet_b8", 87, 800, 25.2, 85.8),
+        PaperRow("ViT-B/16", "base", 86, 384, 85.9, 77.9, 83.6),
+        PaperRow("ViT-L/16", "timm:vit_large_patch16_384", 307, 384, 27.3, 76.5, 82.2),
+        PaperRow("DeiT-Ti", "tiny", 5, 224, 2536.5, 72.2, 80.1, 60.4),
+        PaperRow("DeiT-S", "small", 22, 224, 940.4, 79.8, 85.7, 68.5),
+        PaperRow("DeiT-B", "base", 86, 224, 292.3, 81.8, 86.7, 71.5),
+        PaperRow("DeiT-B↑384", "base", 86, 384, 85.9, 83.1, 87.7, 72.4),
+        PaperRow("DeiT-Ti distilled", "tiny-distilled", 6, 224, 2529.5, 74.5, 82.1, 62.9),
+        PaperRow("DeiT-S distilled", "small-distilled", 22, 224, 936.2, 81.2, 86.8, 70.0),
+        PaperRow("DeiT-B distilled", "base-distilled", 87, 224, 290.9, 83.4, 88.3, 73.2),
+        PaperRow("DeiT-Ti distilled / 1000 epochs", "tiny-distilled", 6, 224, 2529.5, 76.6, 83.9, 65.4),
+        PaperRow("DeiT-S distilled / 1000 epochs", "small-distilled", 22, 224, 936.2, 82.6, 87.8, 71.7),
+        PaperRow("DeiT-B distilled / 1000 epochs", "base-distilled", 87, 224, 290.9, 84.2, 88.7, 73.9),
+        PaperRow("DeiT-B distilled↑384", "base-distilled", 87, 384, 85.8, 84.5, 89.0, 74.8),
+        PaperRow("DeiT-B distilled↑384 / 1000 epochs", "base-distilled", 87, 384, 85.8, 85.2, 89.3, 75.2),
+    ),
+    "table10": (
+        PaperRow("DeiT-B↑160", "base", 86, 160, 609.31, 79.9, 84.8, 67.6),
+        PaperRow("DeiT-B", "base", 86, 224, 291.05, 81.8, 86.7, 71.5),
+        PaperRow("DeiT-B↑320", "base", 86, 320, 134.13, 82.7, 87.2, 71.9),
+        PaperRow("DeiT-B↑384", "base", 86, 384, 85.87, 83.1, 87.7, 72.4),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model's name taken apart: `source` is `"ours"`, `"stock"` or `"timm"`; `image_size` is None if not named."""
+
+    source: str
+    name: str
+    distilled: bool
+    image_size: int | None
+
+    @classmethod
+    def parse(cls, spec: str) -> ModelSpec:
+        """`[stock:]<tiny|small|base>[-distilled][@<pixels>]` or `timm:<name>[@<pixels>]`.
+
+        Raises:
+            ValueError: if it is neither.
+        """
+        found = re.fullmatch(r"(?:(stock):)?(tiny|small|base)(-distilled)?(?:@(\d+))?", spec)
+        if found:
+            return cls(found[1] or "ours", found[2], bool(found[3]), int(found[4]) if found[4] else None)
+        found = re.fullmatch(r"timm:([\w.]+)(?:@(\d+))?", spec)
+        if found:
+            return cls("timm", found[1], "_distilled" in found[1], int(found[2]) if found[2] else None)
+        raise ValueError(
+            f"model {spec!r}: expected tiny, small or base, with -distilled or @<pixels> where wanted, the same after "
+            f"'stock:', timm:<name>[@<pixels>], or one of {', '.join(PAPER_TABLES)}"
+        )
+
+    @property
+    def architecture(self) -> str:
+        """The network, as `PaperRow.model` names it, whoever wrote its code."""
+        if self.source == "timm":
+            found = re.match(r"deit_(tiny|small|base)_(distilled_)?patch16_", self.name)
+            return f"{found[1]}-distilled" if found and found[2] else found[1] if found else f"timm:{self.name}"
+        return self.name + ("-distilled" if self.distilled else "")
+
+
+def expand_models(models: str) -> list[str]:
+    """`ThroughputArguments.models` as single names, tables replaced by their rows, each once.
+
+    Raises:
+        ValueError: a name that [`ModelSpec`] refuses, or none at all.
+    """
+    specs = []
+    for word in filter(None, (part.strip() for part in models.split(","))):
+        specs += [row.spec for row in PAPER_TABLES[word]] if word in PAPER_TABLES else [word]
+    for spec in specs:
+        ModelSpec.parse(spec)
+    if not specs:
+        raise ValueError(f"models is {models!r}; name at least one, for example tiny,timm:resnet50 or table5")
+    return list(dict.fromkeys(specs))
+
+
+def paper_rows(name: str, image_size: int) -> list[PaperRow]:
+    """The paper's rows of a network at a size, Table 5's first; none for a name that is not [`ModelSpec`]'s.
+
+    Args:
+        name: as in `expand_models`.
+        image_size: side of its images, pixels.
+    """
+    try:
+        architecture = ModelSpec.parse(name).architecture
+    except ValueError:  # measured from Python under a name of the user's own
+        return []
+    rows = [row for table in ("table5", "table1", "table10") for row in PAPER_TABLES[table]]
+    return [row for row in rows if (row.model, row.image_size) == (architecture, image_size)]
