@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -90,19 +91,16 @@ def strike(process, output: Path, number: signal.Signals, moment: float, in_a_sa
         time.sleep(0.001)
     while in_a_save and process.is_alive() and not any((output / "_unfinished").glob("*/*")):
         time.sleep(0.0002)
-    if not process.is_alive():
-        return "had ended"
     writing = (output / "_unfinished").exists()
-    os.kill(process.pid, number)
+    with suppress(ProcessLookupError):  # it has ended meanwhile
+        os.kill(process.pid, number)
     process.join(120)
     if process.is_alive():
         process.kill()
         return "HUNG"
     expected = -signal.SIGKILL if number == signal.SIGKILL else EXIT_PREEMPTED
-    if process.exitcode == 0:
-        return "had ended"
     if process.exitcode == -signal.SIGTERM:
-        return "before training began"
+        return "outside of training"
     if process.exitcode != expected:
         return f"STATUS {process.exitcode}"
     return "while saving" if writing else "between saves"
@@ -130,7 +128,7 @@ def differences(one: dict, other: dict) -> list[str]:
     return tensors + ["losses"] * (one["losses"] != other["losses"])
 
 
-def orphans(folder: Path) -> int:
+def orphans() -> int:
     """Processes of a killed run that are still there: its command line is ours, its group's leader is gone."""
     count = 0
     for status in Path("/proc").glob("[0-9]*/stat"):
@@ -176,25 +174,20 @@ def main() -> int:
         print(f"undisturbed: {len(expected['losses'])} steps, {seconds:.1f} s", flush=True)
 
         trials = []
-        for trial in range(args.trials):
+        while len(trials) < args.trials:
             shutil.rmtree(output, ignore_errors=True)
             process = start(run_distill.main, [*arguments, *words(output_dir=output)], folder / "log")
-            met = strike(process, output, number, moments.uniform(0, seconds), in_a_save=trial % 2 == 1)
-            if (output / "trainer_state.json").exists():
-                met = "had ended"
+            met = strike(process, output, number, moments.uniform(0, seconds), in_a_save=len(trials) % 2 == 1)
+            if (output / "trainer_state.json").exists():  # too late: it had ended
+                continue
             kept = sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
-            if met != "had ended":
-                finish(run_distill.main, [*arguments, *words(output_dir=output)], folder / "log")
-            different = differences(expected, outcome(output))
-            survived = not different and met.upper() != met and "STATUS" not in met
-            trials.append({"met": met, "last_checkpoint": kept[-1] if kept else None, "equal": survived})
-            print(
-                f"{trial + 1:>3}  {met:<24}last checkpoint {trials[-1]['last_checkpoint']}  "
-                f"{'equal' if survived else f'DIFFERENT: {different[:3]}'}",
-                flush=True,
-            )
-        time.sleep(6)  # a loader's worker looks for its parent every five seconds
-        left = orphans(folder)
+            finish(run_distill.main, [*arguments, *words(output_dir=output)], folder / "log")
+            different = differences(expected, outcome(output)) + [met] * met.isupper()
+            trials.append({"met": met, "last_checkpoint": kept[-1] if kept else None, "equal": not different})
+            verdict = f"DIFFERENT: {different[:3]}" if different else "equal"
+            print(f"{len(trials):>3}  {met:<22}last checkpoint {trials[-1]['last_checkpoint']}  {verdict}", flush=True)
+        time.sleep(15)  # a loader's worker looks for its parent every five seconds
+        left = orphans()
 
     equal = sum(trial["equal"] for trial in trials)
     print(

@@ -32,7 +32,7 @@ RECIPE = {
     **{"dataset_name": "digits", "image_size": 16, "max_train_samples": 64, "max_eval_samples": 20, "max_steps": 2},
     **{"per_device_train_batch_size": 16, "learning_rate": 1e-3, "auto_augment": "none", "random_erasing_prob": 0},
     **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "use_cpu": True},
-    **{"dataloader_num_workers": 0, "disable_tqdm": True, "teacher": "python:small_teacher:make"},
+    **{"dataloader_num_workers": 0, "disable_tqdm": True},
 }
 # The trainer of run_distill.py, held in the hand: `new(**overrides)`.
 PIECES = """
@@ -48,7 +48,7 @@ PIECES = """
         DistillationTrainer.train_and_save = keep
         words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
         try:
-            run_distill.main([RECIPE, *words])
+            run_distill.main([RECIPE, "--teacher", "python:small_teacher:make", *words])
         except Caught as caught:
             return caught.args[0]
 
@@ -127,6 +127,7 @@ def test_a_recipe_pushes_its_run_to_a_private_repository_which_loads_everywhere(
     recipe |= {"hub_strategy": "checkpoint", "output_dir": "outputs/run"}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     words = [ROOT / "recipes" / "run_distill.py", "recipe.yaml", "--hub_token", hub.token]
+    words += ["--teacher", "python:small_teacher:make"]  # code, so not in the recipe
     done = run(words, hub, folder, "")
     assert done.returncode == 0, done.stderr
     repository = hub.repositories["model", "user/tiny"]
@@ -148,7 +149,7 @@ def test_a_recipe_pushes_its_run_to_a_private_repository_which_loads_everywhere(
     assert f"top-1 {100 * results['teacher_top1']:.2f} % on the same images" in card.text
     assert str(folder) not in str(card) and 'model="user/tiny"' in card.text and "20 held-out images" in card.text
     assert "| max_steps | 2 | -1 |" in card.text and "| batch size | 16 | 1024 |" in card.text
-    assert "run_distill.py recipe.yaml\n" in card.text
+    assert "run_distill.py recipe.yaml --teacher python:small_teacher:make\n" in card.text
 
     with Client(hub, folder, hub.token) as client:
         reads = """
