@@ -129,22 +129,14 @@ def differences(one: dict, other: dict) -> list[str]:
 
 
 def orphans() -> int:
-    """Processes of a killed run that are still there: its command line is ours, its group's leader is gone."""
+    """Processes of killed runs that are still there: they are copies of this one, and their parent is gone."""
+    mine = Path("/proc/self/cmdline").read_bytes()
     count = 0
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        count += fields[1] == "1" and fields[2] != "1" and _imports_us(status.parent)
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+            count += parent == "1" and (process / "cmdline").read_bytes() == mine
     return count
-
-
-def _imports_us(process: Path) -> bool:
-    try:
-        return "survival.py" in (process / "cmdline").read_text()
-    except OSError:
-        return False
 
 
 def main() -> int:

@@ -72,12 +72,12 @@ def test_what_is_read_of_a_step_is_read_at_once(monkeypatch):
 @pytest.mark.parametrize(
     "broken, part",
     [
-        ({"student"}, "the logits of the class head"),
-        ({"student", "distillation"}, "the logits of the class head and the logits of the distillation head"),
-        ({"distillation"}, "the logits of the distillation head"),
-        ({"class_loss"}, "class_loss"),
-        ({"distillation_loss"}, "distillation_loss"),
-        (set(), "the gradient alone"),
+        (("student",), "the logits of the class head"),
+        (("student", "distillation"), "the logits of the class head and the logits of the distillation head"),
+        (("distillation",), "the logits of the distillation head"),
+        (("class_loss",), "class_loss"),
+        (("distillation_loss",), "distillation_loss"),
+        ((), "the gradient alone"),
     ],
     ids=str,
 )
