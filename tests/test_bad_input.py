@@ -5,7 +5,6 @@ tested with that module; hostile input is in test_security.py, numbers that go w
 """
 
 import json
-import sys
 from pathlib import Path
 
 import datasets
@@ -33,12 +32,8 @@ SHORT = {
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(RECIPES))
-    import run_distill
-
-    yield run_distill
-    sys.path.remove(str(RECIPES))
+def script(import_script):
+    return import_script("run_distill")
 
 
 @pytest.fixture(scope="module")

@@ -272,12 +272,8 @@ def test_labels_in_lists_count_once_each_and_images_without_any_do_not(stock, im
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(RECIPES))
-    import run_eval
-
-    yield run_eval
-    sys.path.remove(str(RECIPES))
+def script(import_script):
+    return import_script("run_eval")
 
 
 @pytest.fixture

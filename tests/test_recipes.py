@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import datasets
@@ -58,14 +57,9 @@ def read(path):
 
 
 @pytest.fixture(scope="module")
-def scripts():
-    """The two scripts as modules, as `python recipes/run_distill.py` sees them."""
-    sys.path.insert(0, str(RECIPES))
-    import run_distill
-    import run_teacher
-
-    yield run_distill, run_teacher
-    sys.path.remove(str(RECIPES))
+def scripts(import_script):
+    """The two that train."""
+    return import_script("run_distill"), import_script("run_teacher")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import pickle
 import re
 import shutil
 import struct
-import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -73,12 +72,8 @@ class Payload:
 
 
 @pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(RECIPES))
-    import run_distill
-
-    yield run_distill
-    sys.path.remove(str(RECIPES))
+def script(import_script):
+    return import_script("run_distill")
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 from scipy import stats
 
+from .checkpoints import is_finished
 from .dataset_registry import REGISTRY
 
 
@@ -208,7 +209,7 @@ class Sweep:
         place = {"seed": seed, "output_dir": str(OUTPUTS / self.scale.name / f"{name}-seed{seed}")}
         return Run(name, seed, keys | place, tuple(needs))
 
-    @property
+    @cached_property
     def runs(self) -> list[Run]:
         """Every run once, each after what it needs, one seed after the other."""
         found: dict[str, Run] = {}
@@ -248,7 +249,7 @@ class Sweep:
         wanted = {run.stem for run in self.runs if self.result(run) is None}
         for run in reversed(self.runs):  # what is needed stands before what needs it
             if run.stem in wanted:
-                wanted |= {needed.stem for needed in run.needs if not Path(needed.keys["output_dir"]).exists()}
+                wanted |= {needed.stem for needed in run.needs if not is_finished(needed.keys["output_dir"])}
         return [run for run in self.runs if run.stem in wanted]
 
     def seconds_left(self, jobs: int = 1) -> float | None:
@@ -291,9 +292,9 @@ class Sweep:
             "| | | measured here | seeds | difference from the first row (95 %) | the paper's |",
             "|---|---|---|---|---|---|",
         ]
-        first = {cell.column: self.values(cell) for cell in reversed(self.cells)}
-        for cell in self.cells:
-            values = self.values(cell)
+        table = [(cell, self.values(cell)) for cell in self.cells]
+        first = {cell.column: values for cell, values in reversed(table)}
+        for cell, values in table:
             mean, deviation = mean_and_deviation(list(values.values()))
             difference = ""
             if values != first[cell.column]:
