@@ -155,6 +155,17 @@ def test_a_teacher_of_one_class_is_one_warning(caplog):
     )
 
 
+def test_decisions_without_logits_are_judged_by_the_classes_they_are_for(caplog):
+    """As they are replayed: one class for all of them may come of a teacher that looks."""
+    health = Health(CLASSES, teacher="replayed", id2label=NAMES)
+    for number in range(1, 11):
+        step(health, number, teacher=EVERY.flip(0))
+    assert not caplog.records
+    for number in range(11, 20):
+        step(health, number, teacher=torch.full((256,), 3))
+    assert len(caplog.records) == 1 and "'replayed' decided for class 3 ('name 3') on all of 1,024" in caplog.text
+
+
 def test_a_teacher_that_becomes_lazy_is_seen_too(caplog):
     health = Health(CLASSES, teacher="lazy", id2label=NAMES)
     for number in range(1, 20):

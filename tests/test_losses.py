@@ -99,6 +99,14 @@ def test_each_term_reaches_its_own_head_only(logits, kind):
     assert by_class[0].abs().sum() > 0 and by_teacher[1].abs().sum() > 0
 
 
+def test_decisions_teach_what_the_logits_they_come_from_teach(logits):
+    labels = torch.arange(BATCH) % CLASSES
+    decisions = torch.tensor([row.index(max(row)) for row in logits[2].tolist()])
+    for token in (logits[1], None):
+        parts, expected = (distillation_loss(logits[0], token, labels, told) for told in (decisions, logits[2]))
+        assert all(torch.equal(parts[name], expected[name]) for name in expected)
+
+
 def test_no_gradient_flows_into_the_teacher(logits):
     teacher_logits = logits[2].requires_grad_()
     loss = distillation_loss(
@@ -145,6 +153,9 @@ def test_soft_target_cross_entropy_equals_the_sum(logits):
         ({"distillation_type": "harder"}, "'harder'; choose one of none, soft, hard, label"),
         ({"teacher_logits": None}, "needs teacher_logits"),
         ({"teacher_logits": torch.zeros(BATCH, CLASSES + 1)}, r"\(6, 6\).*\(6, 5\)"),
+        ({"teacher_logits": torch.zeros(BATCH)}, r"\(6,\).*\(6, 5\)"),
+        ({"teacher_logits": torch.zeros(BATCH + 1, dtype=int)}, r"\(7,\).*\(6, 5\)"),
+        ({"teacher_logits": torch.zeros(BATCH, dtype=int), "distillation_type": "soft"}, "got decisions, for 'hard'"),
         ({"distillation_type": "soft", "kl_reduction": "mean"}, "'mean'; choose one of batchmean, numel"),
     ],
 )

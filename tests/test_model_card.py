@@ -100,6 +100,12 @@ def test_a_distilled_model_names_its_teacher_heads_and_settings():
     assert "in progress" not in text
 
 
+def test_answers_that_were_replayed_are_said_to_be():
+    text = build_model_card(replace(DISTILLED, teacher_replayed="decisions")).text
+    assert "weights 0123456789abcdef, its decisions replayed from the record of an earlier run, top-1 91.23 %" in text
+    assert "replayed" not in build_model_card(DISTILLED).text
+
+
 def test_a_plain_model_has_one_row_and_no_teacher():
     card = build_model_card(PLAIN)
     assert "Teacher: none" in card.text and "All settings are those of Table 9" in card.text

@@ -83,6 +83,13 @@ def test_a_batch_is_uint8_until_the_device(tiny_images):
     assert batch["pixel_values"].dtype == torch.uint8 and batch["pixel_values"].shape == (8, 3, 16, 16)
     assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
     assert batch["labels"].dtype == torch.int64 and batch["view_seeds"].shape == (8,)
+    assert batch["view_ids"].dtype == np.int64
+
+
+def test_a_batch_says_which_views_of_the_run_it_holds(tiny_images):
+    views = TrainViews(tiny_images()["train"], build_train_transform(16))
+    batch = collate_views(views.__getitems__([View(4, 2, 11), View(4, 2, 12), View(0, 3, 0), 7]))
+    assert batch["view_ids"].tolist() == [[2, 11], [2, 12], [3, 0], [0, 7]]
 
 
 def test_a_batch_is_collated_without_a_copy(tiny_images):

@@ -38,7 +38,8 @@ class DistillationConfig(TrainingArguments):
 
     Raises:
         ValueError: unknown `distillation_type` or `kl_reduction`, a number outside its range, both learning rates
-            given, `min_lr` above the learning rate, a warm-up as long as the run.
+            given, `min_lr` above the learning rate, a warm-up as long as the run; `teacher_record` and
+            `teacher_replay` together, or where no teacher is asked.
     """
 
     # Distillation
@@ -53,6 +54,13 @@ class DistillationConfig(TrainingArguments):
     distillation_temperature: float = option(3.0, "Temperature tau of eq. 2; 'soft' only.")
     kl_reduction: str = option(
         "batchmean", "'batchmean', or 'numel' to divide by batch x classes as the authors' code does; 'soft' only."
+    )
+    teacher_record: str | None = option(None, "Directory to write the teacher's answer to every view into.")
+    teacher_replay: str | None = option(
+        None, "Directory of recorded answers: trains without asking a teacher; name it too only for its accuracy."
+    )
+    teacher_top_k: int = option(
+        100, "Logits of a view that teacher_record keeps for 'soft', at 6 bytes each; all of up to so many classes."
     )
 
     # Augmentation of each view
@@ -146,6 +154,19 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(
                 f"output_dir {self.output_dir!r} cannot be a directory: {str(occupied)!r} is no directory"
             )
+        for name in ("teacher_record", "teacher_replay"):
+            if getattr(self, name) is not None and self.distillation_type not in ("hard", "soft"):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} and distillation_type {self.distillation_type!r}, which asks "
+                    f"no teacher: leave out {name}, or use 'hard' or 'soft'"
+                )
+        if self.teacher_record is not None and self.teacher_replay is not None:
+            raise ValueError(
+                f"teacher_record is {self.teacher_record!r} and teacher_replay {self.teacher_replay!r}: answers that "
+                "are replayed are recorded already, so give one of the two"
+            )
+        if self.teacher_top_k < 1:
+            raise ValueError(f"teacher_top_k is {self.teacher_top_k}; it must be 1 or more")
         if self.distillation_alpha is not None and not 0 <= self.distillation_alpha <= 1:
             raise ValueError(f"distillation_alpha is {self.distillation_alpha}; it is a weight in [0, 1]")
         if self.distillation_temperature <= 0:

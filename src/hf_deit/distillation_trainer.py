@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from .publishing import Publishing, UnwrittenToken, hub_failures_told
 from .recipe import DataArguments
 from .repeated_augmentation import RepeatedAugmentationSampler
 from .resuming import Resuming
+from .teacher_record import RecordingTeacher, ReplayedTeacher, fingerprint_of_run
 from .views import collate_views
 
 
@@ -48,7 +50,7 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
         model: [`DeiTForImageClassificationWithTeacher`], or any classifier of Transformers that returns `logits`.
         args: [`DistillationConfig`].
         teacher: a [`Teacher`] from [`load_teacher`]. It is no part of the model: not trained, wrapped, gathered or
-            saved.
+            saved. With `teacher_replay` it is not asked while training, and may be left out.
         train_dataset: [`TrainViews`], or any map-style set with a data_collator of its own that returns `pixel_values`
             `(batch, 3, height, width)`, uint8 or normalised float32, and `labels` `(batch,)` int64.
         eval_dataset: [`EvalViews`], or the like.
@@ -59,7 +61,8 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
 
     Raises:
         ValueError: the distillation type needs a teacher and there is none; the model's distillation head would learn
-            nothing; the batch is larger than the training set; with `push_to_hub`, the Hub does not let us write.
+            nothing; the batch is larger than the training set; with `push_to_hub`, the Hub does not let us write; a
+            record of the teacher's answers is of something else (see [`ReplayedTeacher`], [`RecordingTeacher`]).
         FloatingPointError: the loss or a gradient is not finite.
     """
 
@@ -95,9 +98,20 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
             if self.processing_class is None:
                 raise ValueError("how pixels are normalised is not known: pass processing_class, or mean and std")
             mean, std = self.processing_class.image_mean, self.processing_class.image_std
+        self.record = self.replay = None
+        fingerprint = partial(
+            fingerprint_of_run, args, self.train_dataset, mean, std, [*model.config.id2label.values()]
+        )
+        if args.teacher_record is not None:
+            self.record = RecordingTeacher(self.teacher, args, fingerprint)
+            self.add_callback(self.record)
+        if args.teacher_replay is not None:
+            self.replay = ReplayedTeacher(args, fingerprint, self.teacher)
+            self.add_callback(self.replay)
+        taught_by = self.replay or teacher
         self.health = Health(
             num_labels,
-            teacher=teacher.name if teacher is not None else None,
+            teacher=taught_by.name if taught_by is not None else None,
             id2label=model.config.id2label,
             quiet=not self.is_world_process_zero(),
         )
@@ -115,10 +129,11 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
 
     def _check_heads_and_teacher(self, teacher: nn.Module | None) -> None:
         kind = self.args.distillation_type
-        if kind in ("hard", "soft") and teacher is None:
+        if kind in ("hard", "soft") and teacher is None and self.args.teacher_replay is None:
             raise ValueError(
-                f"distillation_type is {kind!r} and there is no teacher: name one with teacher, or set "
-                "distillation_type to 'none' (labels only) or 'label' (both heads learn the labels)"
+                f"distillation_type is {kind!r} and there is no teacher: name one with teacher, or the record of one "
+                "with teacher_replay, or set distillation_type to 'none' (labels only) or 'label' (both heads learn "
+                "the labels)"
             )
         if kind == "none" and hasattr(self.model, "distillation_classifier"):
             raise ValueError(
@@ -190,7 +205,7 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
         if view_seeds is None:  # a set that is not ours: its views have no seeds of their own
             view_seeds = torch.randint(2**63 - 1, (len(inputs["labels"]),)).numpy()
         pixel_values, labels = self.mixing(inputs["pixel_values"], inputs["labels"], view_seeds)
-        teacher_logits = self.teacher(pixel_values) if self.teacher is not None else None
+        teacher_logits = self._ask_teacher(pixel_values, inputs.get("view_ids"))
         outputs = model(pixel_values=pixel_values)
         class_logits = outputs.get("cls_logits", outputs["logits"])
         distillation_logits = outputs.get("distillation_logits")
@@ -204,6 +219,19 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
                 self._loss_sums[name] = self._loss_sums.get(name, 0) + value.detach()
         self._batches_summed += 1
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
+
+    def _ask_teacher(self, pixel_values: Tensor, view_ids: np.ndarray | None) -> Tensor | None:
+        """Its logits `(batch, classes)`; replayed, for "hard", its decisions `(batch,)`; None where there is none."""
+        recorded = self.replay or self.record
+        if recorded is not None:
+            return recorded(pixel_values, view_ids)
+        return self.teacher(pixel_values) if self.teacher is not None else None
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """After what was recorded up to it: a run that goes on from there misses no answer."""
+        if self.record is not None:
+            self.record.commit(self.state.global_step)
+        super()._save_checkpoint(model, trial)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None) -> float:
         """Called once per step between backward and the optimizer: the place to stop before the weights are hurt."""
@@ -274,6 +302,11 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
         teacher = "none"
         if self.teacher is not None:
             teacher = f"{self.teacher.name}, {self.teacher.num_parameters / 1e6:.2f}M parameters"
+        if self.record is not None:
+            teacher += f", its {self.record.header.what} recorded in {args.teacher_record}"
+        if self.replay is not None:
+            asked = "not in memory" if self.teacher is None else "asked in the evaluation only"
+            teacher = f"{self.replay.name}, its {self.replay.what} replayed from {args.teacher_replay}; {asked}"
         return "\n".join(
             f"{name:<11}{value}"
             for name, value in {

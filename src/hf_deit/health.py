@@ -89,7 +89,7 @@ class Health:
             losses: by name, scalars, as [`distillation_loss`] returns them.
             student_logits: `(batch, classes)` by the name of the head, the class head first; None for one that is
                 not there.
-            teacher_logits: `(batch, classes)`, or None.
+            teacher_logits: `(batch, classes)`, or only its decisions, `(batch,)` int64, or None.
             labels: `(batch,)` int64, or `(batch, classes)` float where they are mixed.
         """
         self._batches += 1
@@ -102,8 +102,10 @@ class Health:
         self._students_choice.add(next(iter(student_logits.values())).argmax(dim=1))
         if teacher_logits is not None:
             self._views += len(labels)
-            self._answers.add(teacher_logits.float())
-            self._teachers_choice.add(teacher_logits.argmax(dim=1))
+            if teacher_logits.dim() == 2:
+                self._answers.add(teacher_logits.float())
+                teacher_logits = teacher_logits.argmax(dim=1)
+            self._teachers_choice.add(teacher_logits)
             self._labels.add(labels.argmax(dim=1) if labels.dim() == 2 else labels)
 
     def see_step(
@@ -172,8 +174,9 @@ class Health:
             grad_norm = grad_norm.full_tensor()
         noted = {"norm": grad_norm} | self._losses | {f"{name} broken": flag for name, flag in self._broken.items()}
         noted |= {"student lowest": self._students_choice.low, "student highest": self._students_choice.high}
-        if self._views:
+        if self._answers.high is not None:
             noted |= {"spread": (self._answers.high - self._answers.low).max(), "size": self._answers.high.abs().max()}
+        if self._views:
             noted |= {"teacher lowest": self._teachers_choice.low, "teacher highest": self._teachers_choice.high}
             noted |= {"label lowest": self._labels.low, "label highest": self._labels.high}
         device = self._students_choice.low.device
@@ -216,7 +219,7 @@ class Health:
         views, labels = f"{self._views:,} views", f"{int(seen['label lowest'])} to {int(seen['label highest'])}"
         one_label = seen["label lowest"] == seen["label highest"]
         self._views, self._answers, self._teachers_choice, self._labels = 0, _Range(), _Range(), _Range()
-        if seen["spread"] <= 1e-6 * max(1.0, seen["size"]):
+        if "spread" in seen and seen["spread"] <= 1e-6 * max(1.0, seen["size"]):
             raise ValueError(
                 f"training stopped at step {step}: teacher {self.teacher!r} gave the same logits to each of {views}, "
                 "so there is nothing to learn from it: its head is untrained or its weights are damaged; evaluate it "

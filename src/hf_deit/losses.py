@@ -86,7 +86,8 @@ def distillation_loss(
         class_logits: `(batch, classes)`, from the class token.
         distillation_logits: `(batch, classes)` from the distillation token, or None for a student without one.
         labels: `(batch,)` int64 in [0, classes), or `(batch, classes)` float soft targets.
-        teacher_logits: `(batch, classes)`; no gradient flows into them. Needed by "soft" and "hard".
+        teacher_logits: `(batch, classes)`; no gradient flows into them. Needed by "soft" and "hard"; for "hard" the
+            teacher's decisions will do, `(batch,)` int64.
         distillation_type: "hard" (eq. 3), "soft" (eq. 2), "label" (the second term is the true label too: the
             two-class-token control of section 4), "none" (the class term only).
         alpha: weight of the second term in [0, 1]; None is the paper's: 1/2, and λ = 0.1 for "soft".
@@ -116,14 +117,21 @@ def distillation_loss(
             raise ValueError(
                 f"distillation_type={distillation_type!r} needs teacher_logits; pass them, or use 'none' or 'label'"
             )
-        if teacher_logits.shape != taught_logits.shape:
+        are_decisions = teacher_logits.dim() == 1 and teacher_logits.dtype == torch.int64
+        if are_decisions and distillation_type != "hard":
+            raise ValueError(
+                f"distillation_type={distillation_type!r} needs teacher_logits; got decisions, for 'hard'"
+            )
+        expected = taught_logits.shape[:1] if are_decisions else taught_logits.shape
+        if teacher_logits.shape != expected:
             raise ValueError(
                 f"teacher_logits are {tuple(teacher_logits.shape)}, the student's {tuple(taught_logits.shape)}; "
                 "teacher and student must see the same batch and know the same classes"
             )
         teacher_logits = teacher_logits.detach()
         if distillation_type == "hard":
-            taught_loss = F.cross_entropy(taught_logits.float(), teacher_logits.argmax(dim=1))
+            decisions = teacher_logits if are_decisions else teacher_logits.argmax(dim=1)
+            taught_loss = F.cross_entropy(taught_logits.float(), decisions)
         elif kl_reduction in KL_REDUCTIONS:
             taught_loss = _soft_distillation(taught_logits, teacher_logits, temperature, kl_reduction)
         else:

@@ -57,6 +57,7 @@ class CardFacts:
         distillation_type: as in `DistillationConfig`.
         teacher: its specs, joined by " + ".
         teacher_sha256: fingerprint of its weights, 16 hexadecimal digits.
+        teacher_replayed: what of its answers came from a record, such as "decisions"; None where it was asked.
         metrics: `eval_top1`, `eval_class_top1`, `teacher_top5`, ... as fractions in [0, 1]; all of the weights that
             the card stands beside.
         settings: by name, this run's value and the paper's where they differ.
@@ -90,6 +91,7 @@ class CardFacts:
     teacher: str | None = None
     teacher_sha256: str | None = None
     teacher_parameters: int | None = None
+    teacher_replayed: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, tuple[object, object]] = field(default_factory=dict)
     ema_decay: float | None = None

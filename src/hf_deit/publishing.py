@@ -50,12 +50,13 @@ class Publishing:
         registered = REGISTRY.get(data.dataset_name)
         output_dir = Path(args.output_dir)
         transform = getattr(self.eval_dataset, "transform", None)
-        teacher = {}
-        if self.teacher is not None:
+        taught_by, teacher = self.replay or self.teacher, {}
+        if taught_by is not None:
             teacher = {
-                "teacher": self.teacher.name,
-                "teacher_sha256": self.teacher.sha256,
-                "teacher_parameters": self.teacher.num_parameters,
+                "teacher": taught_by.name,
+                "teacher_sha256": taught_by.sha256,
+                "teacher_parameters": taught_by.num_parameters,
+                "teacher_replayed": self.replay.what if self.replay is not None else None,
             }
         return CardFacts(
             name=model_name or (self.hub_model_id or output_dir.absolute().name).split("/")[-1],
@@ -141,6 +142,7 @@ class Publishing:
 NOT_SETTINGS = {
     *("per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "base_learning_rate", "ema_decay"),
     *("max_bad_images", "eval_strategy", "save_strategy", "save_total_limit", "logging_steps"),
+    *("teacher_record", "teacher_replay", "teacher_top_k"),
     *("logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters", "dataloader_num_workers"),
     *("dataloader_persistent_workers", "dataloader_pin_memory"),
 }

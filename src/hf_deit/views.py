@@ -108,14 +108,15 @@ class TrainViews(torch.utils.data.Dataset):
 
         pixels = decode_image(row["image"], choose_part)
         examples = []
-        for (view_seed, choices), place in zip(drawn, out, strict=False):
+        for view, (view_seed, choices), place in zip(views, drawn, out, strict=False):
             place[...] = self.transform.apply(pixels, choices)
-            examples.append({"pixel_values": place, "labels": row["label"], "view_seeds": view_seed})
+            known_by = {"view_seeds": view_seed, "view_ids": _epoch_and_position(view)}
+            examples.append({"pixel_values": place, "labels": row["label"]} | known_by)
         return examples
 
     def _draw(self, view: int, height: int, width: int) -> tuple[int, ViewParameters]:
         """The view's seed for what happens to it on the device, and its choices for an image of this size."""
-        epoch, position = getattr(view, "epoch", 0), getattr(view, "position", int(view))
+        epoch, position = _epoch_and_position(view)
         self._rng.seed(self.seed << 96 | epoch << 64 | position)  # several times faster than seeding NumPy's
         view_seed = self._rng.getrandbits(63)
         return view_seed, self.transform.sample(height, width, self._rng)
@@ -147,6 +148,10 @@ class EvalViews(torch.utils.data.Dataset):
         return {"pixel_values": self.transform(image), "labels": row["label"]}
 
 
+def _epoch_and_position(view: int) -> tuple[int, int]:
+    return getattr(view, "epoch", 0), getattr(view, "position", int(view))
+
+
 def _rows(images: Sequence[dict], indices: list[int]) -> list[dict]:
     """Several at once where the set can, as PyTorch's loader asks for them."""
     if hasattr(images, "__getitems__"):
@@ -173,8 +178,9 @@ def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:
 
 def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray | list]:
     """`pixel_values` `(batch, 3, height, width)` uint8 in channels-last memory, `labels` `(batch,)` int64 (of ReaL the
-    lists as they are), and for training `view_seeds` `(batch,)` int64, a NumPy array because it is read on the host.
-    Where images were replaced, `bad_images` too: the examples' lists in one."""
+    lists as they are), and for training `view_seeds` `(batch,)` int64 and `view_ids` `(batch, 2)` int64, epoch and
+    position: NumPy arrays because they are read on the host. Where images were replaced, `bad_images` too: the
+    examples' lists in one."""
     if isinstance(examples, ViewBatch):
         pixels = torch.from_numpy(examples.pixels)
     else:
@@ -184,8 +190,9 @@ def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray | list]
         "pixel_values": pixels.permute(0, 3, 1, 2),
         "labels": labels if isinstance(labels[0], list) else torch.tensor(labels),
     }
-    if "view_seeds" in examples[0]:
-        batch["view_seeds"] = np.array([example["view_seeds"] for example in examples])
+    for name in ("view_seeds", "view_ids"):
+        if name in examples[0]:
+            batch[name] = np.array([example[name] for example in examples])
     bad_images = [bad for example in examples for bad in example.get("bad_images", ())]
     if bad_images:
         batch["bad_images"] = bad_images
