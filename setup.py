@@ -14,9 +14,9 @@ INSTALL = [
     "torchvision",  # timm imports it
     "transformers>=5.23,<6",
     "accelerate",
-    "datasets",
+    "datasets>=5.2",  # this one and timm's: older ones may open pickles, which tests/test_security.py looks at
     "evaluate",
-    "timm",
+    "timm>=1.0.31",
     "albumentations==2.0.8",  # the last MIT release; its successor is AGPL
     "huggingface_hub",
     "matplotlib",
@@ -29,6 +29,7 @@ INSTALL = [
     "scikit-learn",  # holds the quickstart's digits
     "scipy",
     "simplejpeg",
+    "wrapt",
 ]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 TENSORBOARD = ["tensorboard"]

@@ -9,25 +9,8 @@ from pathlib import Path
 import run_teacher
 from transformers import set_seed
 
-from hf_deit import (
-    DataArguments,
-    DeiTConfig,
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    DistillationConfig,
-    DistillationTrainer,
-    EvalViews,
-    ModelArguments,
-    TrainViews,
-    build_eval_transform,
-    build_image_processor,
-    build_train_transform,
-    exit_clearly,
-    load_image_dataset,
-    load_pretrained,
-    load_teacher,
-    parse_recipe,
-)
+import hf_deit  # the rest of it is imported when first used, after the command line has been read
+from hf_deit import DataArguments, DistillationConfig, ModelArguments, exit_clearly, parse_recipe
 
 
 RECIPES = Path(__file__).parent
@@ -36,19 +19,19 @@ KINDS = (ModelArguments, DataArguments, DistillationConfig)
 
 def build_student(model_args: ModelArguments, image_size: int, id2label: dict[int, str]):
     """The checkpoint that is named, or fresh weights."""
-    model_class = DeiTForImageClassification
+    model_class = hf_deit.DeiTForImageClassification
     if model_args.use_distillation_token:
-        model_class = DeiTForImageClassificationWithTeacher
+        model_class = hf_deit.DeiTForImageClassificationWithTeacher
     fields = model_args.config_overrides() | {"image_size": image_size, "id2label": id2label}
     fields["use_distillation_token"] = model_args.use_distillation_token
     if model_args.model_name_or_path is not None:
-        return load_pretrained(
+        return hf_deit.load_pretrained(
             model_class,
             model_args.model_name_or_path,
             attn_implementation=model_args.attn_implementation,
             **fields,
         )
-    config = DeiTConfig.from_size(model_args.model_size or "base", **fields)
+    config = hf_deit.DeiTConfig.from_size(model_args.model_size or "base", **fields)
     return model_class._from_config(config, attn_implementation=model_args.attn_implementation)
 
 
@@ -56,29 +39,30 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # 1. What to do
     model_args, data_args, training_args = parse_recipe(KINDS, argv, RECIPES / "quickstart.yaml")
     needs_teacher = training_args.distillation_type in ("hard", "soft")
-    if needs_teacher and model_args.teacher is None and model_args.teacher_recipe is not None:
+    trains_teacher = needs_teacher and training_args.teacher_replay is None
+    if trains_teacher and model_args.teacher is None and model_args.teacher_recipe is not None:
         model_args.teacher = run_teacher.find_or_train(RECIPES / model_args.teacher_recipe, data_args)
     set_seed(training_args.seed)
 
     # 2. The images
-    images = load_image_dataset(**data_args.loading())
-    transform = build_train_transform(data_args.image_size, **training_args.transform_options())
-    train_views = TrainViews(images["train"], transform, training_args.view_seed)
-    transform = build_eval_transform(data_args.image_size, crop_ratio=data_args.crop_ratio)
-    eval_views = EvalViews(images["eval"], transform)
+    images = hf_deit.load_image_dataset(**data_args.loading())
+    transform = hf_deit.build_train_transform(data_args.image_size, **training_args.transform_options())
+    train_views = hf_deit.TrainViews(images["train"], transform, training_args.view_seed)
+    transform = hf_deit.build_eval_transform(data_args.image_size, crop_ratio=data_args.crop_ratio)
+    eval_views = hf_deit.EvalViews(images["eval"], transform)
     id2label = dict(enumerate(images["train"].features["label"].names))
-    processor = build_image_processor(transform)
+    processor = hf_deit.build_image_processor(transform)
 
     # 3. The student and its teacher
     student = build_student(model_args, data_args.image_size, id2label)
     teacher = None
     if needs_teacher and model_args.teacher is not None:
-        teacher = load_teacher(
+        teacher = hf_deit.load_teacher(
             model_args.teacher, id2label=id2label, mean=processor.image_mean, std=processor.image_std
         )
 
     # 4. Train, evaluate, save
-    trainer = DistillationTrainer(
+    trainer = hf_deit.DistillationTrainer(
         student,
         training_args,
         teacher,

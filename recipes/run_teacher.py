@@ -11,22 +11,8 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from hf_deit import (
-    ClassifierArguments,
-    DataArguments,
-    DistillationConfig,
-    DistillationTrainer,
-    EvalViews,
-    TrainViews,
-    build_eval_transform,
-    build_image_processor,
-    build_train_transform,
-    exit_clearly,
-    is_finished,
-    load_image_dataset,
-    new_classifier,
-    parse_recipe,
-)
+import hf_deit  # the rest of it is imported when first used, after the command line has been read
+from hf_deit import ClassifierArguments, DataArguments, DistillationConfig, exit_clearly, parse_recipe
 
 
 KINDS = (ClassifierArguments, DataArguments, DistillationConfig)
@@ -35,7 +21,7 @@ KINDS = (ClassifierArguments, DataArguments, DistillationConfig)
 def find_or_train(recipe: Path, data_args: DataArguments) -> str:
     """The recipe's output directory; if no finished run is there, the recipe is run first, on the student's data."""
     model_args, _, training_args = parse_recipe(KINDS, [str(recipe)])
-    if not is_finished(training_args.output_dir):
+    if not hf_deit.is_finished(training_args.output_dir):
         train(model_args, data_args, training_args)
     return training_args.output_dir
 
@@ -51,16 +37,16 @@ def train(
     set_seed(training_args.seed)
 
     # 1. The images
-    images = load_image_dataset(**data_args.loading())
-    transform = build_train_transform(data_args.image_size, **training_args.transform_options())
-    train_views = TrainViews(images["train"], transform, training_args.view_seed)
-    transform = build_eval_transform(data_args.image_size, crop_ratio=data_args.crop_ratio)
-    eval_views = EvalViews(images["eval"], transform)
+    images = hf_deit.load_image_dataset(**data_args.loading())
+    transform = hf_deit.build_train_transform(data_args.image_size, **training_args.transform_options())
+    train_views = hf_deit.TrainViews(images["train"], transform, training_args.view_seed)
+    transform = hf_deit.build_eval_transform(data_args.image_size, crop_ratio=data_args.crop_ratio)
+    eval_views = hf_deit.EvalViews(images["eval"], transform)
     id2label = dict(enumerate(images["train"].features["label"].names))
-    processor = build_image_processor(transform)
+    processor = hf_deit.build_image_processor(transform)
 
     # 2. The classifier
-    model = new_classifier(
+    model = hf_deit.new_classifier(
         model_args.model_name_or_path,
         id2label=id2label,
         mean=processor.image_mean,
@@ -70,7 +56,7 @@ def train(
     )
 
     # 3. Train, evaluate, save
-    trainer = DistillationTrainer(
+    trainer = hf_deit.DistillationTrainer(
         model,
         training_args,
         train_dataset=train_views,

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,9 +26,9 @@ LAYERS = (
         *("recipe", "paper_tables", "model_card", "plots", "ema", "decoding", "bad_images", "local_layouts"),
         *("streaming", "checkpoints", "health", "preemption"),
     },
-    {"classifiers", "dataset_registry", "views", "distillation_config", "throughput"},
+    {"auto_classes", "classifiers", "dataset_registry", "views", "distillation_config", "throughput"},
     {"checkpoint_conversion", "teachers", "data", "publishing", "sweep"},
-    {"modeling_deit", "resuming"},
+    {"modeling_deit", "resuming", "teacher_record"},
     {"distillation_trainer", "evaluation", "analysis", "export"},
 )
 # The one file through which each heavy dependency comes in. (Benchmarks compare with peers, tests with references.)
@@ -46,7 +47,10 @@ REPOSITORY_TESTS = {
 
 
 def imports(path: Path) -> set[str]:
-    """Every dotted name a file imports, wherever the statement stands; relative ones as `hf_deit....`."""
+    """Every dotted name a file imports, wherever the statement stands, relative ones as `hf_deit....`.
+
+    So is `hf_deit.x` where it is used: it is imported then.
+    """
     names = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
@@ -55,6 +59,8 @@ def imports(path: Path) -> set[str]:
             module = ".".join(filter(None, ["hf_deit" if node.level else "", node.module]))
             # Of `from hf_deit import x`, x matters; elsewhere the module does.
             names |= {f"hf_deit.{alias.name}" for alias in node.names} if module == "hf_deit" else {module}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hf_deit":
+            names.add(f"hf_deit.{node.attr}")
     return names
 
 
@@ -63,9 +69,9 @@ def test_the_scan_sees_every_kind_of_import(tmp_path):
     file.write_text(
         "import timm.data as t\nfrom .losses import a\nfrom . import metrics\nfrom hf_deit.data import b\n"
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hf_deit import DeiTModel\n"
-        "def f():\n    import matplotlib.pyplot\n"
+        "def f():\n    import matplotlib.pyplot\n    hf_deit.Teacher\n"
     )
-    ours = {"hf_deit.losses", "hf_deit.metrics", "hf_deit.data", "hf_deit.DeiTModel"}
+    ours = {"hf_deit.losses", "hf_deit.metrics", "hf_deit.data", "hf_deit.DeiTModel", "hf_deit.Teacher"}
     assert imports(file) == ours | {"timm.data", "typing", "matplotlib.pyplot"}
 
 
@@ -81,7 +87,7 @@ def test_a_module_imports_only_rows_above_it(path):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_scripts_use_public_names_only(path):
     ours = {name for name in imports(path) if name.split(".")[0] == "hf_deit"}
-    public = {f"hf_deit.{name}" for name in hf_deit.__all__} | {"hf_deit"}
+    public = {f"hf_deit.{name}" for name in hf_deit.__all__} | {"hf_deit", "hf_deit.__version__"}
     assert ours <= public, f"not public: {sorted(ours - public)}"
 
 
@@ -116,13 +122,33 @@ def test_every_public_name_exists():
         assert getattr(hf_deit, name) is not None
 
 
-def test_import_is_light():
-    program = "import hf_deit, hf_deit.teachers, json, sys; print(json.dumps(sorted(sys.modules)))"
+def test_what_is_imported_when():
+    # In turn, in one fresh process: the package, a script that is asked for help, a module with heavy ones below it.
+    steps = (
+        "import hf_deit",
+        "runpy.run_path('run_distill.py', run_name='__main__')",
+        "import hf_deit.teachers",
+    )
+    program = f"""
+import contextlib, json, runpy, sys
+sys.argv, sys.path[0] = ["run_distill.py", "--help"], "."
+for step in {steps}:
+    with contextlib.suppress(SystemExit):
+        exec(step)
+    print(json.dumps(sorted(sys.modules)))
+"""
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=300, check=True)
-    loaded = set(json.loads(done.stdout.splitlines()[-1]))
-    assert "hf_deit.classifiers" in loaded
-    assert not loaded & {"timm", "albumentations", "datasets"}
+    done = subprocess.run(
+        command, cwd=ROOT / "recipes", capture_output=True, text=True, timeout=300, check=True, env=environment
+    )
+    package, script, module = (set(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("["))
+    assert "hf_deit.auto_classes" in package
+    assert not package & {"torch", "transformers", "numpy"}
+    assert "usage: run_distill.py" in done.stdout
+    assert not script & {*DOORS, "transformers.modeling_utils", "transformers.trainer", "torchvision", "scipy"}
+    assert "hf_deit.classifiers" in module
+    assert not module & DOORS.keys()
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/accelerate/*.yaml")), ids=lambda path: path.stem)

@@ -1,11 +1,12 @@
 """hf_deit: train, distil and publish DeiT with 🤗 Transformers.
 
-The Auto classes know our models from here on; every other module is imported when one of its names is first used.
+The Auto classes know our models from here on, whenever they are imported. Every other module, and with it PyTorch and
+Transformers, is imported when one of its names is first used.
 """
 
 from importlib import import_module
 
-from .modeling_deit import register_auto_classes
+from .auto_classes import register_when_imported
 
 
 __version__ = "0.1.0"
@@ -94,7 +95,7 @@ _MODULE_OF = {
 }
 __all__ = sorted(_MODULE_OF)
 
-register_auto_classes()
+register_when_imported()
 
 
 def __getattr__(name: str):

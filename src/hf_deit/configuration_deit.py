@@ -10,9 +10,13 @@ class that computes it is the ViT.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig, ViTConfig
+from transformers import PreTrainedConfig
+
+
+if TYPE_CHECKING:
+    from transformers import ViTConfig
 
 
 # Table 1: width and heads; 12 layers and 64 dimensions a head throughout.
@@ -190,22 +194,30 @@ class DeiTConfig(PreTrainedConfig):
             raise ValueError(f"head_fusion is {self.head_fusion!r}; choose one of {', '.join(HEAD_FUSIONS)}")
 
 
-class ViTOrPlainDeiTConfig(ViTConfig):
+class ViTOrPlainDeiTConfig(PreTrainedConfig):
     """Type `vit` to the Auto classes: stock's ViTConfig itself, except from a config.json that a plain DeiT wrote.
+
+    No subclass of ViTConfig, which is imported late because its module imports the Auto classes' models.
 
     Transformers looks for a checkpoint in this text when it writes the documentation of its ViT, and complains where
     there is none: [google/vit-base-patch16-224](https://huggingface.co/google/vit-base-patch16-224).
     """
 
+    model_type = "vit"
+
     def __new__(cls, *args: Any, **kwargs: Any) -> ViTConfig:
+        from transformers import ViTConfig
+
         return ViTConfig(*args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """A DeiTConfig where the file has our key, else stock's."""
+        from transformers import ViTConfig
+
         config_class = DeiTConfig if "use_distillation_token" in config_dict else ViTConfig
         return config_class.from_dict(config_dict, **kwargs)
 
 
 # The Auto classes pass over the remote code of a repository whose type is registered from outside Transformers.
-ViTOrPlainDeiTConfig.__module__ = ViTConfig.__module__
+ViTOrPlainDeiTConfig.__module__ = "transformers.models.vit.configuration_vit"

@@ -22,24 +22,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_deit import DeiTConfig, ViTOrPlainDeiTConfig, as_pair
+from .auto_classes import register_models
+from .configuration_deit import DeiTConfig, as_pair
 from .losses import distillation_loss
 
 
@@ -79,18 +75,38 @@ def resample_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: t
     return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
 
 
-def add_branch(residual: Tensor, branch: Tensor, drop_path_rate: float, training: bool) -> Tensor:
-    """`residual + branch` with stochastic depth: a training sample loses its branch with probability `drop_path_rate`.
+def add_branch(
+    hidden_states: Tensor,
+    branch: Callable[[Tensor], Tensor],
+    drop_path_rate: float = 0.0,
+    num_outputs: int | None = None,
+    skip_dropped: bool = False,
+) -> Tensor:
+    """`hidden_states + branch(hidden_states)` with stochastic depth: a sample loses its branch with that probability.
 
     Kept branches are scaled by 1 / (1 - rate), so the expectation is that of evaluation.
 
+    Args:
+        hidden_states: `(batch, tokens, width)`.
+        branch: returns the first `num_outputs` tokens; of all of them by default.
+        drop_path_rate: in [0, 1).
+        num_outputs: tokens that are returned, the first.
+        skip_dropped: do not compute the branch where it is dropped. The number of samples then varies from call to
+            call, which neither a compiler nor a GPU's queue likes.
+
     Source: Huang et al. 2016; Table 9 of the paper; timm/layers/drop.py for the scaling.
     """
-    if not training or drop_path_rate == 0.0:
-        return residual + branch
+    residual = hidden_states[:, :num_outputs]
+    if drop_path_rate == 0.0:
+        return residual + branch(hidden_states)
     keep = 1.0 - drop_path_rate
-    mask = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep).div_(keep)
-    return torch.addcmul(residual, branch, mask)
+    mask = hidden_states.new_empty(len(hidden_states), 1, 1).bernoulli_(keep)
+    kept = mask.flatten().nonzero().flatten() if skip_dropped else ()
+    if 0 < len(kept) < len(mask):
+        return residual.index_add(
+            0, kept, branch(hidden_states.index_select(0, kept)).to(residual.dtype), alpha=1 / keep
+        )
+    return torch.addcmul(residual, branch(hidden_states), mask.div_(keep))
 
 
 def fuse_heads(cls_logits: Tensor, distillation_logits: Tensor, head_fusion: str) -> Tensor:
@@ -111,6 +127,23 @@ def fuse_heads(cls_logits: Tensor, distillation_logits: Tensor, head_fusion: str
     return cls_logits if head_fusion == "class" else distillation_logits
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether using the module's weights is the same as calling it.
+
+    Not so for adapters and quantised layers, nor where hooks gather, move or watch the weights (offloading, ZeRO-3).
+    """
+    return type(module) is kind and not is_watched(module) and "forward" not in module.__dict__
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook of its own would notice work that is done otherwise, or not done.
+
+    Transformers' recorders stay in place once they were asked for; what they record is known here without them.
+    """
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(hook.__module__ != capture_outputs.__module__ for each in hooks for hook in each.values())
+
+
 class DeiTPatchEmbeddings(nn.Module):
     """`(batch, channels, height, width)` pixels to `(batch, patches, width)` tokens, row by row."""
 
@@ -120,7 +153,13 @@ class DeiTPatchEmbeddings(nn.Module):
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+        if not is_plain(self.projection, nn.Conv2d):
+            return self.projection(pixel_values).flatten(2).transpose(1, 2)
+        # Patches do not overlap, so the convolution is a matrix product, which has its result in the right order.
+        height, width = self.projection.kernel_size
+        grid = pixel_values.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # batch, channels, row, y, column, x
+        patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
 
 
 class DeiTEmbeddings(nn.Module):
@@ -193,15 +232,6 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether using the module's weights is the same as calling it.
-
-    Not so for adapters and quantised layers, nor where hooks gather, move or watch the weights (offloading, ZeRO-3).
-    """
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return type(module) is nn.Linear and not any(hooks) and "forward" not in module.__dict__
-
-
 class DeiTAttention(nn.Module):
     """Multi-head self-attention through whichever backend `config._attn_implementation` names."""
 
@@ -219,24 +249,29 @@ class DeiTAttention(nn.Module):
         )
         self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
 
-    def query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """`(batch, tokens, width)` to three `(batch, tokens, width)`, by one matrix product.
+    def query_key_value(self, hidden_states: Tensor, num_queries: int | None) -> tuple[Tensor, ...]:
+        """`(batch, tokens, width)` to three of the same shape, by one matrix product; the query of some tokens only.
 
         The three parameters stay apart, as every loader, optimizer, sharder and adapter knows them. Joining them
         copies 0.4 (Ti) to 7 MB (B) a layer; on the CPU a training step takes as long as with three products
         (measured), and GPUs prefer one large product to three small ones (not measured here).
         """
         linears = list(self.attention.values())
-        if not all(map(is_plain_linear, linears)):
-            return tuple(linear(hidden_states) for linear in linears)
+        if not all(is_plain(linear, nn.Linear) for linear in linears):
+            query, key, value = linears
+            return query(hidden_states[:, :num_queries]), key(hidden_states), value(hidden_states)
+        alone = () if num_queries is None else (linears.pop(0)(hidden_states[:, :num_queries]),)
         weight = torch.cat([linear.weight for linear in linears])
         bias = torch.cat([linear.bias for linear in linears]) if self.config.qkv_bias else None
-        return F.linear(hidden_states, weight, bias).chunk(3, dim=-1)
+        return *alone, *F.linear(hidden_states, weight, bias).chunk(len(linears), dim=-1)
 
-    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, hidden_states: Tensor, output_attentions: bool = False, num_queries: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What every token, or each of the first `num_queries`, gathers from all of them."""
         query, key, value = (
             states.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-            for states in self.query_key_value(hidden_states)
+            for states in self.query_key_value(hidden_states, num_queries)
         )
         # Only eager attention has weights to show.
         backend: Callable = eager_attention_forward
@@ -244,7 +279,7 @@ class DeiTAttention(nn.Module):
             backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         context, weights = backend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
-        return self.output.dense(context.reshape(hidden_states.shape)), weights
+        return self.output.dense(context.flatten(2)), weights
 
 
 class DeiTLayer(GradientCheckpointingLayer):
@@ -261,12 +296,28 @@ class DeiTLayer(GradientCheckpointingLayer):
         self.output = nn.ModuleDict({"dense": nn.Linear(config.intermediate_size, config.hidden_size)})
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), output_attentions)
-        hidden_states = add_branch(hidden_states, self.dropout(attended), self.drop_path_rate, self.training)
-        expanded = self.activation(self.intermediate.dense(self.layernorm_after(hidden_states)))
-        branch = self.dropout(self.output.dense(expanded))
-        return add_branch(hidden_states, branch, self.drop_path_rate, self.training)
+    def forward(
+        self, hidden_states: Tensor, output_attentions: bool = False, num_outputs: int | None = None
+    ) -> Tensor:
+        """`(batch, tokens, width)` to the same, or to the first `num_outputs` tokens: the others are not computed."""
+
+        def attend(states: Tensor) -> Tensor:
+            return self.dropout(self.attention(self.layernorm_before(states), output_attentions, num_outputs)[0])
+
+        def expand(states: Tensor) -> Tensor:
+            return self.dropout(
+                self.output.dense(self.activation(self.intermediate.dense(self.layernorm_after(states))))
+            )
+
+        rate = self.drop_path_rate if self.training else 0.0
+        skip_dropped = rate > 0 and self._may_skip(hidden_states, output_attentions)
+        hidden_states = add_branch(hidden_states, attend, rate, num_outputs, skip_dropped)
+        return add_branch(hidden_states, expand, rate, num_outputs, skip_dropped)
+
+    def _may_skip(self, hidden_states: Tensor, output_attentions: bool) -> bool:
+        """Whether samples may be left out of a branch: nobody looks into it, and it costs no waiting."""
+        eager_on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        return eager_on_cpu and not output_attentions and not any(map(is_watched, self.modules()))
 
 
 class DeiTPooler(nn.Module):
@@ -596,6 +647,7 @@ class DeiTModel(DeiTPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        prefix_only: bool = False,
     ) -> BaseModelOutputWithPooling:
         """Encode images.
 
@@ -604,6 +656,8 @@ class DeiTModel(DeiTPreTrainedModel):
             interpolate_pos_encoding: accept images of another size than the config's, for this call only.
             output_attentions: also return `(batch, heads, tokens, tokens)` weights a layer, computed eagerly.
             output_hidden_states: also return `(batch, tokens, width)` before the first and after each layer, unnormed.
+            prefix_only: the class and distillation token are enough. The last layer then computes no others (a
+                twelfth of the work, nearly), unless something of it is recorded or hooked.
 
         Returns:
             `last_hidden_state` `(batch, tokens, width)`: class token, distillation token (if any), patches row by row,
@@ -614,8 +668,13 @@ class DeiTModel(DeiTPreTrainedModel):
         """
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
         recorded = self._recorded(output_attentions=output_attentions)  # hidden states are recorded by hooks
-        for layer in self.encoder.layer:
+        *layers, last = self.encoder.layer
+        for layer in layers:
             hidden_states = layer(hidden_states, **recorded)
+        all_recorded = recorded | self._recorded(output_hidden_states=output_hidden_states)
+        if prefix_only and not any(all_recorded.values()) and not any(map(is_watched, last.modules())):
+            recorded["num_outputs"] = self.config.num_prefix_tokens
+        hidden_states = last(hidden_states, **recorded)
         hidden_states = self.layernorm(hidden_states)
         pooled = None if self.pooler is None else self.pooler(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
@@ -664,7 +723,7 @@ class DeiTForImageClassification(DeiTPreTrainedModel):
             ValueError: for images or labels of the wrong shape or range.
         """
         recorded = self._recorded(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
-        outputs = self.base_model(pixel_values, interpolate_pos_encoding, **recorded)
+        outputs = self.base_model(pixel_values, interpolate_pos_encoding, **recorded, prefix_only=True)
         logits = self.classifier(outputs.last_hidden_state[:, 0])
         return ImageClassifierOutput(
             loss=self._loss(logits, None, labels, teacher_logits),
@@ -748,7 +807,7 @@ class DeiTForImageClassificationWithTeacher(DeiTPreTrainedModel):
             ValueError: for images, labels or teacher logits of the wrong shape or range.
         """
         recorded = self._recorded(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
-        outputs = self.deit(pixel_values, interpolate_pos_encoding, **recorded)
+        outputs = self.deit(pixel_values, interpolate_pos_encoding, **recorded, prefix_only=True)
         cls_logits = self.cls_classifier(outputs.last_hidden_state[:, 0])
         distillation_logits = self.distillation_classifier(outputs.last_hidden_state[:, 1])
         return DeiTForImageClassificationWithTeacherOutput(
@@ -761,27 +820,4 @@ class DeiTForImageClassificationWithTeacher(DeiTPreTrainedModel):
         )
 
 
-def register_auto_classes() -> None:
-    """Make the Auto classes return ours for model type `deit`, and for a `vit` that is a plain DeiT of ours.
-
-    Importing hf_deit calls this.
-
-    Raises:
-        RuntimeError: if the registration did not take (some 5.x releases of Transformers ignore it silently).
-    """
-    classifiers = (DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
-    # exist_ok, because the types are stock's as well.
-    AutoConfig.register("deit", DeiTConfig, exist_ok=True)
-    AutoModel.register(DeiTConfig, DeiTModel, exist_ok=True)
-    AutoModelForImageClassification.register(DeiTConfig, classifiers, exist_ok=True)
-    AutoConfig.register("vit", ViTOrPlainDeiTConfig, exist_ok=True)
-    registered = (
-        type(AutoConfig.for_model("deit")),
-        AutoModel._model_mapping.get(DeiTConfig, None),
-        AutoModelForImageClassification._model_mapping.get(DeiTConfig, None),
-    )
-    if registered != (DeiTConfig, DeiTModel, classifiers):
-        raise RuntimeError(
-            "this release of transformers did not register hf_deit's classes for model type 'deit': AutoModel would "
-            "return stock's. Install transformers>=5.23,<6, or load with hf_deit's classes directly"
-        )
+register_models(modeling_auto, DeiTModel, DeiTForImageClassification, DeiTForImageClassificationWithTeacher)
