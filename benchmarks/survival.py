@@ -33,7 +33,6 @@ import run_distill  # noqa: E402
 import run_teacher  # noqa: E402
 
 
-EXIT_PREEMPTED = 75
 SHORT = {
     "image_size": 16,
     "num_train_epochs": 3,
@@ -98,7 +97,7 @@ def strike(process, output: Path, number: signal.Signals, moment: float, in_a_sa
     if process.is_alive():
         process.kill()
         return "HUNG"
-    expected = -signal.SIGKILL if number == signal.SIGKILL else EXIT_PREEMPTED
+    expected = -signal.SIGKILL if number == signal.SIGKILL else os.EX_TEMPFAIL
     if process.exitcode == -signal.SIGTERM:
         return "outside of training"
     if process.exitcode != expected:

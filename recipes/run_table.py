@@ -21,7 +21,7 @@ import torch
 import transformers
 import yaml
 
-from hf_deit import Sweep, exit_clearly, plot_table
+from hf_deit import Sweep, exit_clearly, is_finished, plot_table
 
 
 RECIPES = Path(__file__).parent
@@ -46,7 +46,12 @@ def do(run, args: argparse.Namespace) -> dict:
     """One run as a process of its own. Its recipe and its log lie in its output directory."""
     output = Path(run.keys["output_dir"])
     output.mkdir(parents=True, exist_ok=True)
-    recipe = output / "recipe.yaml"
+    recipe, results = output / "recipe.yaml", output / "all_results.json"
+    before = yaml.safe_load(recipe.read_text("utf-8")) if recipe.exists() else None
+    if before != run.keys and (before or is_finished(output)):
+        raise ChildProcessError(f"{output} holds a run with other settings (its recipe.yaml): move or delete it")
+    if is_finished(output):
+        return json.loads(results.read_text("utf-8"))
     recipe.write_text(yaml.safe_dump(run.keys, sort_keys=False))
     command = [*shlex.split(args.launcher), str(RECIPES / run.script), str(recipe)]
     for key in ("dataset_name", "data_dir"):
@@ -57,7 +62,7 @@ def do(run, args: argparse.Namespace) -> dict:
         code = subprocess.call(command, stdout=log, stderr=log, env={"OMP_NUM_THREADS": str(threads)} | os.environ)
     if code:
         raise ChildProcessError(f"{run.stem} ended with status {code}; see {output / 'log.txt'}")
-    return json.loads((output / "all_results.json").read_text("utf-8"))
+    return json.loads(results.read_text("utf-8"))
 
 
 def sweep(sweeps: list[Sweep], args: argparse.Namespace) -> list[str]:

@@ -119,6 +119,16 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(start, whole, tmp
     assert equal(whole, resumed)
 
 
+@pytest.mark.parametrize("content", [None, "[1, 2]", "{", '{"unheard_of": 1}'])
+def test_what_is_no_trainers_checkpoint_is_refused(start, tmp_path, content):
+    """Stock's have no manifest, so any directory could be named."""
+    (tmp_path / "weights").mkdir()
+    if content is not None:
+        (tmp_path / "weights" / "trainer_state.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"trainer_state.json is missing or is not .* name it as model_name"):
+        start("run").train(resume_from_checkpoint=str(tmp_path / "weights"))
+
+
 def test_a_full_disk_stops_the_run_and_keeps_what_there_was(start, whole, tmp_path, monkeypatch):
     save = Trainer._save_optimizer_and_scheduler
 

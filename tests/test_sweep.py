@@ -5,6 +5,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -130,6 +131,22 @@ def test_a_finished_run_is_not_done_again_unless_its_settings_changed(sweep, tmp
     assert run.stem not in [other.stem for other in sweep("little").to_do()]
     (tmp_path / "recipes/ablations/no_erasing.yaml").write_text("{random_erasing_prob: 0, weight_decay: 0.1}")
     assert run.stem in [other.stem for other in sweep("little").to_do()]
+
+
+def test_output_of_other_settings_is_left_alone_and_a_finished_run_is_taken(sweep, import_script):
+    do, run = import_script("run_table").do, sweep("little").runs[0]
+    args = SimpleNamespace(launcher="false", jobs=1, dataset_name=None, data_dir=None)
+    with pytest.raises(ChildProcessError, match="ended with status 1"):
+        do(run, args)
+    output = Path(run.keys["output_dir"])
+    (output / "trainer_state.json").write_text("{}")
+    (output / "all_results.json").write_text('{"eval_top1": 0.5}')
+    assert do(run, args) == {"eval_top1": 0.5}
+    for others in ("seed: 77", None):
+        (output / "recipe.yaml").write_text(others) if others else (output / "recipe.yaml").unlink()
+        with pytest.raises(ChildProcessError, match="holds a run with other settings"):
+            do(run, args)
+        assert (output / "all_results.json").exists()
 
 
 def test_what_a_run_needs_is_done_again_where_its_files_are_gone(sweep):

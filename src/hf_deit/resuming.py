@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
@@ -96,7 +96,13 @@ class Resuming:
         """One line that the run goes on, and a warning for each thing that makes it another run."""
         if not self.is_world_process_zero():
             return
-        step = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text("utf-8"))["global_step"]
+        try:
+            step = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"checkpoint {checkpoint!r} cannot be gone on from: its {TRAINER_STATE_NAME} is missing or is not a "
+                f"trainer's ({type(error).__name__}: {error}). For its weights alone, name it as model_name_or_path"
+            ) from error
         print(f"going on from {checkpoint}, after step {step}", flush=True)
         before, now = checkpoints.facts_of(checkpoint), self._facts_of_run()
         changed = {
