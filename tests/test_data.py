@@ -390,3 +390,16 @@ def test_tar_shards_cannot_be_streamed(tmp_path):
         (tmp_path / f"{split}-0000.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="holds tar shards.*only parquet files are streamed"):
         load_image_dataset(str(tmp_path), streaming=True)
+
+
+def test_a_missing_shard_is_one_warning(tmp_path, caplog):
+    rows = datasets.Dataset.from_dict(
+        {"image": [Image.new("RGB", (8, 8), (10 * n, 0, 0)) for n in range(2)], "label": [0, 1]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)}),
+    )
+    for name in ("train-00000-of-00003", "train-00002-of-00003", "test-00000-of-00001"):
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    images = load_image_dataset(str(tmp_path))
+    assert len(images["train"]) == 4
+    (warning,) = (record.getMessage() for record in caplog.records if "missing" in record.getMessage())
+    assert warning.startswith("1 of 3 files are missing, such as ") and "train-00001-of-00003.parquet" in warning

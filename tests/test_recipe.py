@@ -1,6 +1,8 @@
 """recipe.py: YAML and command line meet, and what is refused."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -146,3 +148,25 @@ def test_a_refusal_in_a_loaders_worker_is_one_line_too():
     assert re.fullmatch(r"error: 4 training images in a row are damaged, [^\n]*", str(refusal.value.code))
     with pytest.raises(ValueError, match="(?s)Original Traceback.*invalid literal"):
         exit_clearly(lambda: list(DataLoader(DamagedSet(False), num_workers=1)))
+
+
+class KilledSet(torch.utils.data.Dataset):
+    """Its worker is killed, as by a machine without memory."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_the_machine_does_to_a_run_is_one_line_too():
+    def full():
+        raise RuntimeError("Error while serializing: No space left on device (os error 28)")
+
+    with pytest.raises(SystemExit, match=r"error: the disk is full \(Error .*\)\. Free some space\. Start the same"):
+        exit_clearly(full)
+    with pytest.raises(SystemExit, match=r"error: a loader worker died \(.*\)\. Usual causes: .* Start the same"):
+        exit_clearly(lambda: list(DataLoader(KilledSet(), num_workers=1)))
+    with pytest.raises(FileNotFoundError):
+        exit_clearly(lambda: open("not there"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from test_distillation_trainer import student, trainer
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
@@ -83,6 +84,24 @@ def test_the_same_command_goes_on_after_power_cuts(start, whole, steps, capsys):
     assert last == 0 or f"checkpoint-{last}, after step {last}" in capsys.readouterr().out
     logged = [[entry["step"] for entry in run.state.log_history if "loss" in entry] for run in (whole, resumed)]
     assert logged[0] == logged[1] == list(range(1, 13))
+
+
+def test_a_rank_of_several_goes_on_in_its_epoch(start, whole, monkeypatch):
+    """Of several ranks accelerate wraps the order once more, and no longer finds it when it skips what is done."""
+    one_process = Trainer.get_train_dataloader
+
+    def as_of_several(self):
+        loader = one_process(self)
+        batches = BatchSamplerShard(loader.batch_sampler, num_processes=1, process_index=0)
+        options = {"collate_fn": loader.collate_fn, "generator": loader.generator}
+        return DataLoaderShard(loader.dataset, batch_sampler=batches, **options)
+
+    monkeypatch.setattr(Trainer, "get_train_dataloader", as_of_several)
+    with pytest.raises(PowerCutError):
+        start("cut", At(11, cut)).train_and_save()  # in epoch 1, after the checkpoint of step 9
+    resumed = start("cut")
+    resumed.train_and_save()
+    assert equal(whole, resumed)
 
 
 def test_workers_and_evaluations_do_not_shift_the_random_numbers(start):

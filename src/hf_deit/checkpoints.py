@@ -64,12 +64,15 @@ def committed(output_dir: str | os.PathLike, name: str, facts: Mapping) -> Itera
         aside.rename(place)
         _flush(place.parent)
     except Exception as error:  # safetensors and PyTorch have types of their own for a full disk
+        free = shutil.disk_usage(output_dir).free
         shutil.rmtree(aside, ignore_errors=True)
         last = last_good_checkpoint(output_dir)
         kept = (
             f"{last} is whole: free some space, then start the same command again" if last else "there is none before"
         )
-        raise CheckpointError(f"{place} could not be written ({_line(error)}) and was removed; {kept}") from error
+        raise CheckpointError(
+            f"{place} could not be written ({_line(error)}; {free:,} bytes of space left) and was removed; {kept}"
+        ) from error
     finally:
         remove_unfinished(output_dir)
 

@@ -6,7 +6,9 @@ and `label`, on disk or as a stream; views.py makes batches of them. Only this f
 
 from __future__ import annotations
 
+import itertools
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -264,7 +266,25 @@ def _find_in_directory(
 
 
 def _splits_of_shards(kind: str, files: Mapping[str, list[str]]) -> Splits:
+    for paths in files.values():
+        _warn_of_missing_shards(paths)
     return {split: partial(_from_shards, kind, split, paths) for split, paths in files.items()}
+
+
+def _warn_of_missing_shards(paths: Sequence[str]) -> None:
+    """Of files whose names count them, such as train-00003-of-00006.parquet."""
+    counted: dict[tuple[str, str, str], set[int]] = {}
+    for path in paths:
+        if match := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(.*)", path):
+            before, number, total, after = match.groups()
+            counted.setdefault((before, total, after), set()).add(int(number))
+    for (before, total, after), numbers in counted.items():
+        if len(numbers) < int(total):
+            first = next(number for number in itertools.count() if number not in numbers)
+            logger.warning(
+                "%d of %d files are missing, such as %r: their images are left out",
+                *(int(total) - len(numbers), int(total), f"{before}{first:0{len(total)}}-of-{total}{after}"),
+            )
 
 
 def _from_shards(kind: str, split: str, paths: list[str]) -> datasets.Dataset:

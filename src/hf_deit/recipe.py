@@ -7,11 +7,15 @@ is executed, and a key nobody knows is refused.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
+import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -174,8 +178,8 @@ def _did_you_mean(word: str, known: set[str]) -> str:
 def exit_clearly(main: Callable[[], object]) -> None:
     """Runs a script's `main`. An error that hf_deit itself raises was written for the user: one line, exit status 1.
 
-    Any other error is a bug, here or below, and keeps its traceback. What a loader's worker process raises counts like
-    what is raised in this one.
+    So is what the machine does to a run: a full disk, a loader's worker that is killed. Any other error is a bug, here
+    or below, and keeps its traceback. What a worker raises counts like what is raised in this process.
     """
     try:
         main()
@@ -183,12 +187,37 @@ def exit_clearly(main: Callable[[], object]) -> None:
         if message := getattr(error, "message", None):
             print(message, file=sys.stderr, flush=True)
         raise
-    except (ValueError, FloatingPointError) as error:
-        here = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
-        file, message = _raised_in_worker(str(error)) or here
-        if Path(file).parent != Path(__file__).parent:
+    except Exception as error:
+        with suppress(RuntimeError):  # PyTorch tells of a worker's death wherever the signal finds us, here too
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if (message := _done_by_the_machine(error) or _written_for_the_user(error)) is None:
             raise
         sys.exit(f"error: {message}")
+
+
+def _done_by_the_machine(error: Exception) -> str | None:
+    if isinstance(error, ValueError):  # ours, and more to the point
+        return None
+    text, again = str(error), "Start the same command again: it goes on from its last checkpoint"
+    if os.strerror(errno.ENOSPC) in text:  # safetensors has a type of its own for it
+        return f"the disk is full ({text.splitlines()[0]}). Free some space. {again}"
+    # A worker that dies is noticed by PyTorch, or where its answer is taken from its queue.
+    dies = re.match(r"DataLoader worker \(pid.*", text)
+    files = [Path(frame.filename).parts[-2:] for frame in traceback.extract_tb(error.__traceback__)]
+    if dies or (isinstance(error, (OSError, EOFError)) and ("multiprocessing", "queues.py") in files):
+        return (
+            f"a loader worker died ({dies[0].strip() if dies else type(error).__name__}). Usual causes: no memory "
+            f"left (see dmesg), a full /dev/shm, a crash of a library (dataloader_num_workers: 0 shows it). {again}"
+        )
+    return None
+
+
+def _written_for_the_user(error: Exception) -> str | None:
+    if not isinstance(error, (ValueError, FloatingPointError)):
+        return None
+    here = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
+    file, message = _raised_in_worker(str(error)) or here
+    return message if Path(file).parent == Path(__file__).parent else None
 
 
 def _raised_in_worker(text: str) -> tuple[str, str] | None:

@@ -124,6 +124,18 @@ class Resuming:
         settings = settings_of(args) | {"learning rate": args.learning_rate, "batch size": args.effective_batch_size}
         return {"processes": args.world_size, "settings": json.loads(json.dumps(settings, default=str))}
 
+    def _run_epoch(self, *, epoch: int, train_dataloader: DataLoader, **kwargs) -> None:
+        """Tells the order of the views its epoch.
+
+        On several ranks, in an epoch that is gone on with, accelerate's samplers are three deep around ours. Neither
+        it nor Transformers reaches through them, and the rest of the epoch would be that of epoch 0.
+        """
+        batches = train_dataloader.batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        batches.sampler.set_epoch(epoch)
+        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
     def _get_output_dir(self, trial) -> str:
         directory = super()._get_output_dir(trial)
         return str(Path(directory, UNFINISHED)) if self._writes_aside else directory
