@@ -1,13 +1,12 @@
 """Does a long run stay the size it was? `python benchmarks/endurance.py [--minutes 30]`.
 
 Runs a distillation of handwritten digits, streamed, evaluated and saved again and again, and looks every few seconds
-at all of its processes: memory (PSS: shared pages counted once), open descriptors, number of processes. Writes a
-picture and the samples, and prints the growth from the second to the last quarter of the run. Exit status 1 if memory
+at all of its processes: memory (PSS: shared pages counted once), open descriptors, number of processes. Draws a
+picture, and prints the growth from the second to the last quarter of the run. Exit status 1 if memory
 grew by more than 2 % or descriptors or processes by any.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -92,7 +91,6 @@ def main() -> int:
         growth[key] = late - early
         print(f"{key:<12}{early:>10.1f} in the second quarter, {late:>10.1f} in the last: {late - early:+.1f}")
     draw(samples, args.picture)
-    args.picture.with_suffix(".json").write_text(json.dumps(samples))
     memory = samples[quarter]["megabytes"]
     return int(growth["megabytes"] > 0.02 * memory or any(growth[key] > 0 for key in growth if key != "megabytes"))
 
