@@ -15,7 +15,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -188,8 +187,10 @@ def exit_clearly(main: Callable[[], object]) -> None:
             print(message, file=sys.stderr, flush=True)
         raise
     except Exception as error:
-        with suppress(RuntimeError):  # PyTorch tells of a worker's death wherever the signal finds us, here too
+        try:  # PyTorch tells of a worker's death wherever the signal finds us: here too, or on the way into `suppress`
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        except RuntimeError:
+            pass
         if (message := _done_by_the_machine(error) or _written_for_the_user(error)) is None:
             raise
         sys.exit(f"error: {message}")
