@@ -64,9 +64,12 @@ def test_macs_of_a_deit_are_those_of_its_matrix_products():
     config.num_labels = classes
     patches = (pixels // patch) ** 2
     tokens = patches + 2
-    projections = tokens * width * (3 * width + width + 2 * 4 * width)
-    attention = 2 * tokens * tokens * width
-    expected = patches * 3 * patch**2 * width + blocks * (projections + attention) + 2 * width * classes
+
+    def block(asking):
+        """Keys and values of all tokens; for those that ask: query, what is gathered, output, the two layers."""
+        return tokens * 2 * width**2 + asking * (2 + 2 * 4) * width**2 + 2 * asking * tokens * width
+
+    expected = patches * 3 * patch**2 * width + (blocks - 1) * block(tokens) + block(2) + 2 * width * classes
     model = DeiTForImageClassificationWithTeacher(config).eval()
     assert count_macs(model, torch.zeros(1, 3, pixels, pixels)) == expected
     assert count_macs(model, torch.zeros(5, 3, pixels, pixels)) == 5 * expected
