@@ -2,8 +2,8 @@
 
 Runs a distillation of handwritten digits, streamed, evaluated and saved again and again, and looks every few seconds
 at all of its processes: memory (PSS: shared pages counted once), open descriptors, number of processes. Draws a
-picture, and prints the growth from the second to the last quarter of the run. Exit status 1 if memory
-grew by more than 2 % or descriptors or processes by any.
+picture, and prints the growth from the second to the last quarter of the run. Exit status 1 if memory grew by more
+than 2 % or descriptors or processes by any.
 """
 
 import argparse

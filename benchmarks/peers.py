@@ -1,6 +1,6 @@
-"""What the speed benchmarks share: one network in three libraries with the same weights, and fair turns.
+"""What the speed benchmarks share: one network in three libraries with the same weights, fair turns, one table.
 
-hf_deit's, timm's and stock Transformers' two-headed DeiT get equal weights, so that their losses can be compared
+hf_deit's, timm's and stock Transformers' two-headed DeiT get equal weights, so that their results can be compared
 before their speed is. A contestant is a step to be called again and again; contestants take turns, so that a machine
 which slows down slows all of them.
 """
@@ -8,7 +8,7 @@ which slows down slows all of them.
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -16,11 +16,12 @@ import timm
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from hf_deit import DeiTConfig, DeiTForImageClassificationWithTeacher
 
 
-# tiny, small and base are Table 1's; "cpu" is the quickstart's, for 32 pixels.
+# tiny, small and base are Table 1's; "cpu" is the small scale's, for 32 pixels.
 SIZES = {
     "tiny": {"hidden_size": 192, "num_attention_heads": 3},
     "small": {"hidden_size": 384, "num_attention_heads": 6},
@@ -31,6 +32,12 @@ SIZES = {
     },
 }
 DEFAULTS = {"num_hidden_layers": 12, "image_size": 224, "patch_size": 16, "num_labels": 1000}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L4": 121e12}  # dense bfloat16, NVIDIA's data sheets
+# PyTorch's operations that multiply matrices, attention's fused ones among them: what no library can leave out.
+MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product")
+
+
+LIBRARIES = ("hf_deit", "timm", "stock")
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,15 @@ class Peer:
     answer: Callable[[Tensor], Tensor]
 
 
+def model_fields(size: str) -> dict[str, int]:
+    """The fields of our configuration."""
+    fields = DEFAULTS | SIZES[size]
+    return fields | {"intermediate_size": 4 * fields["hidden_size"]}
+
+
 def build_peers(size: str, drop_path_rate: float, device: torch.device) -> dict[str, Peer]:
     """The three, with the same weights. Stock has no stochastic depth: it is left out where there shall be some."""
-    fields = DEFAULTS | SIZES[size]
+    fields = model_fields(size)
     twin = timm.create_model(
         "deit_tiny_distilled_patch16_224",
         img_size=fields["image_size"],
@@ -55,7 +68,6 @@ def build_peers(size: str, drop_path_rate: float, device: torch.device) -> dict[
         num_classes=fields["num_labels"],
         drop_path_rate=drop_path_rate,
     )
-    fields["intermediate_size"] = 4 * fields["hidden_size"]
     ours = DeiTForImageClassificationWithTeacher(
         DeiTConfig(**fields, drop_path_rate=drop_path_rate, head_fusion="logits")
     )
@@ -72,7 +84,7 @@ def build_peers(size: str, drop_path_rate: float, device: torch.device) -> dict[
 
 def _peer(model: nn.Module, name: str) -> Peer:
     if name == "timm":
-        model.set_distilled_training(True)
+        model.set_distilled_training(True)  # two answers while it trains, their mean otherwise
         return Peer(model, model, model)
 
     def two_heads(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,6 +92,19 @@ def _peer(model: nn.Module, name: str) -> Peer:
         return outputs.cls_logits, outputs.distillation_logits
 
     return Peer(model, two_heads, lambda pixels: model(pixel_values=pixels).logits)
+
+
+def make_pixels(size: str, batch_size: int, device: torch.device) -> Tensor:
+    side = model_fields(size)["image_size"]
+    return torch.randn(batch_size, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def autocast(device: torch.device):
+    """bfloat16 on a GPU; float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+# Turns
 
 
 def take_turns(steps: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, seconds: float = 0.3):
@@ -117,6 +142,63 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def matrix_product_seconds(step: Callable[[], object], calls: int = 3) -> float:
+    """Of one call on a CPU: the time within matrix products and fused attention, forward and backward."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(calls):
+            step()
+    products = (
+        event.self_cpu_time_total
+        for event in profiled.key_averages()
+        if any(name in event.key for name in MATRIX_PRODUCTS)
+    )
+    return sum(products) / calls / 1e6
+
+
+# The table
+
+
+def speed_rows(facts: Mapping, times: Mapping[str, Mapping[str, list[float]]], images: int) -> list[dict]:
+    """One row a mode, and, where there are several, one in which each library has its best.
+
+    Args:
+        facts: what the row is of.
+        times: mode -> library -> seconds of each round.
+        images: in a step.
+    """
+    if len(times) > 1:
+        libraries = next(iter(times.values()))
+        best = {name: min((mode[name] for mode in times.values()), key=median) for name in libraries}
+        times = {**times, "best of each": best}
+    return [{**facts, "mode": mode, "images": images, "seconds": seconds} for mode, seconds in times.items()]
+
+
+def print_header(facts: Iterable[str]) -> None:
+    columns = [*facts, "mode", *LIBRARIES, "times timm's", "times stock's", "limit", "MFU"]
+    print(f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), sep="\n", flush=True)
+
+
+def print_row(row: Mapping, facts: Iterable[str], device: torch.device) -> None:
+    """Images/s; ratios of medians; "limit": timm's time over that of our matrix products; share of the GPU's peak."""
+    seconds = {name: median(times) for name, times in row["seconds"].items()}
+    cells = [str(row[name]) for name in (*facts, "mode")]
+    cells += [shown(row["seconds"][name], row["images"]) if name in seconds else "" for name in LIBRARIES]
+    cells += [f"{seconds[name] / seconds['hf_deit']:.3f}" if name in seconds else "" for name in LIBRARIES[1:]]
+    products, peak = row.get("matrix_products"), peak_flops(device)
+    cells.append(f"{seconds['timm'] / products:.2f}" if products else "")
+    cells.append(f"{row['flops'] / seconds['hf_deit'] / peak:.1%}" if peak else "")
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def shown(times: list[float], images: int) -> str:
     """Images per second: the median, and the slowest and fastest round."""
     return f"{images / median(times):.1f} ({images / max(times):.1f} - {images / min(times):.1f})"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Multiplications and additions a second in bfloat16, where the device is known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

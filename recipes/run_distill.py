@@ -35,7 +35,7 @@ def build_student(model_args: ModelArguments, image_size: int, id2label: dict[in
     return model_class._from_config(config, attn_implementation=model_args.attn_implementation)
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
+def build_trainer(argv: list[str] | None = None) -> "hf_deit.DistillationTrainer":
     # 1. What to do
     model_args, data_args, training_args = parse_recipe(KINDS, argv, RECIPES / "quickstart.yaml")
     needs_teacher = training_args.distillation_type in ("hard", "soft")
@@ -45,13 +45,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)
 
     # 2. The images
-    images = hf_deit.load_image_dataset(**data_args.loading())
-    transform = hf_deit.build_train_transform(data_args.image_size, **training_args.transform_options())
-    train_views = hf_deit.TrainViews(images["train"], transform, training_args.view_seed)
-    transform = hf_deit.build_eval_transform(data_args.image_size, crop_ratio=data_args.crop_ratio)
-    eval_views = hf_deit.EvalViews(images["eval"], transform)
-    id2label = dict(enumerate(images["train"].features["label"].names))
-    processor = hf_deit.build_image_processor(transform)
+    train_views, eval_views, id2label, processor = run_teacher.load_views(data_args, training_args)
 
     # 3. The student and its teacher
     student = build_student(model_args, data_args.image_size, id2label)
@@ -61,8 +55,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             model_args.teacher, id2label=id2label, mean=processor.image_mean, std=processor.image_std
         )
 
-    # 4. Train, evaluate, save
-    trainer = hf_deit.DistillationTrainer(
+    # 4. What trains, evaluates and saves them
+    return hf_deit.DistillationTrainer(
         student,
         training_args,
         teacher,
@@ -72,7 +66,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_args=data_args,
         command=sys.argv if argv is None else [__file__, *argv],
     )
-    return trainer.train_and_save()
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    return build_trainer(argv).train_and_save()
 
 
 if __name__ == "__main__":

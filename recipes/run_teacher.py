@@ -18,6 +18,18 @@ from hf_deit import ClassifierArguments, DataArguments, DistillationConfig, exit
 KINDS = (ClassifierArguments, DataArguments, DistillationConfig)
 
 
+def load_views(data_args: DataArguments, training_args: DistillationConfig) -> tuple:
+    """The augmented views to train on, the plain ones to evaluate on, the class names, the image processor."""
+    images = hf_deit.load_image_dataset(**data_args.loading())
+    transform = hf_deit.build_train_transform(data_args.image_size, **training_args.transform_options())
+    train_views = hf_deit.TrainViews(images["train"], transform, training_args.view_seed)
+    transform = hf_deit.build_eval_transform(data_args.image_size, crop_ratio=data_args.crop_ratio)
+    eval_views = hf_deit.EvalViews(images["eval"], transform)
+    id2label = dict(enumerate(images["train"].features["label"].names))
+    processor = hf_deit.build_image_processor(transform)
+    return train_views, eval_views, id2label, processor
+
+
 def find_or_train(recipe: Path, data_args: DataArguments) -> str:
     """The recipe's output directory; if no finished run is there, the recipe is run first, on the student's data."""
     model_args, _, training_args = parse_recipe(KINDS, [str(recipe)])
@@ -37,13 +49,7 @@ def train(
     set_seed(training_args.seed)
 
     # 1. The images
-    images = hf_deit.load_image_dataset(**data_args.loading())
-    transform = hf_deit.build_train_transform(data_args.image_size, **training_args.transform_options())
-    train_views = hf_deit.TrainViews(images["train"], transform, training_args.view_seed)
-    transform = hf_deit.build_eval_transform(data_args.image_size, crop_ratio=data_args.crop_ratio)
-    eval_views = hf_deit.EvalViews(images["eval"], transform)
-    id2label = dict(enumerate(images["train"].features["label"].names))
-    processor = hf_deit.build_image_processor(transform)
+    train_views, eval_views, id2label, processor = load_views(data_args, training_args)
 
     # 2. The classifier
     model = hf_deit.new_classifier(

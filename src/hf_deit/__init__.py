@@ -89,6 +89,8 @@ _MODULE_OF = {
     "ThroughputArguments": "throughput",
     "describe_machine": "throughput",
     "measure_throughput": "throughput",
+    "resident_memory": "throughput",
+    "restart_resident_peak": "throughput",
     "throughput_rows": "throughput",
     "throughput_table": "throughput",
     "tradeoff_points": "throughput",

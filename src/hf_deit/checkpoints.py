@@ -54,15 +54,15 @@ def committed(output_dir: str | os.PathLike, name: str, facts: Mapping) -> Itera
         manifest = {"run": dict(facts), "files": {}}
         for file in _files(aside):
             manifest["files"][str(file.relative_to(aside))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            _flush(file)
+            flush(file)
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
-        _flush(aside / MANIFEST)
+        flush(aside / MANIFEST)
         for folder in {aside, *(file.parent for file in _files(aside))}:
-            _flush(folder)
+            flush(folder)
         if place.exists():
             shutil.rmtree(place)
         aside.rename(place)
-        _flush(place.parent)
+        flush(place.parent)
     except Exception as error:  # safetensors and PyTorch have types of their own for a full disk
         free = shutil.disk_usage(output_dir).free
         shutil.rmtree(aside, ignore_errors=True)
@@ -234,7 +234,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Has the system put a file, or a folder's entries, on the disk before what follows."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, TrainerState
@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 from . import checkpoints
 from .checkpoints import UNFINISHED, CheckpointError
 from .preemption import Preempted, Preemption, outlive_sigterm
+from .processes import by_one_process
 from .publishing import settings_of
 
 
@@ -62,7 +63,10 @@ class Resuming:
             CheckpointError: a checkpoint cannot be written, or is damaged; "auto" met a finished run.
             Preempted: SIGTERM came, and the run is saved.
         """
-        checkpoint = self._checkpoint_to_resume(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        checkpoint = None
+        if wanted := str(resume_from_checkpoint or ""):
+            found = by_one_process(lambda: checkpoints.checkpoint_to_resume(self.args.output_dir, wanted))
+            checkpoint = None if found is None else str(found)
         if self.is_world_process_zero():
             checkpoints.remove_unfinished(self.args.output_dir)
             checkpoints.mark_unfinished(self.args.output_dir)
@@ -77,20 +81,6 @@ class Resuming:
                 ", and the same command goes on from it"
             )
         return output
-
-    def _checkpoint_to_resume(self, wanted: str) -> str | None:
-        """One process looks, and all hear the same, be it a refusal."""
-        answer = [None, None]
-        if self.is_world_process_zero():
-            try:
-                found = checkpoints.checkpoint_to_resume(self.args.output_dir, wanted)
-                answer[0] = None if found is None else str(found)
-            except CheckpointError as error:
-                answer[1] = str(error)
-        checkpoint, refusal = broadcast_object_list(answer)
-        if refusal:
-            raise CheckpointError(refusal)
-        return checkpoint
 
     def _tell_of_resuming(self, checkpoint: str) -> None:
         """One line that the run goes on, and a warning for each thing that makes it another run."""

@@ -38,23 +38,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import TrainerCallback
 
+from .checkpoints import flush
 from .distillation_config import DistillationConfig
+from .processes import by_one_process
 from .teachers import Teacher
 from .views import TrainViews
 
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 FORMAT = 1
 HEADER = "record.json"
@@ -238,7 +236,7 @@ class Header:
             os.fsync(descriptor)
         os.chmod(aside, 0o644)  # of a temporary file nobody else may read
         os.replace(aside, directory / HEADER)
-        _flush_folder(directory)
+        flush(directory)
 
     @property
     def answers_of(self) -> dict[str, object]:
@@ -290,28 +288,6 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str
 
 def _answers_file(directory: Path, epoch: int) -> Path:
     return directory / f"answers-{epoch:05d}.bin"
-
-
-def _flush_folder(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _by_one_process(action: Callable[[], T]) -> T:
-    """The main process does it, and all hear the result, be it a refusal."""
-    answer = [None, None]
-    if PartialState().is_main_process:
-        try:
-            answer[0] = action()
-        except ValueError as error:
-            answer[1] = str(error)
-    result, refusal = broadcast_object_list(answer)
-    if refusal:
-        raise ValueError(refusal)
-    return result
 
 
 def _warn(message: str, *values: object) -> None:
@@ -383,7 +359,7 @@ class RecordingTeacher(TrainerCallback):
             top_k = min(args.teacher_top_k, asked["classes"]) if args.distillation_type == "soft" else None
             return self._begin(Header(args.distillation_type, top_k, 0, facts, asked, _versions()))
 
-        self.header = _by_one_process(begin)
+        self.header = by_one_process(begin)
         Header.read(self.directory)  # by every rank: is it there?
         _warn_of_approximation(self.header)
         self._asked: list[tuple[int, int, Tensor]] = []  # of this step: epoch, first position, logits
@@ -510,7 +486,7 @@ class RecordingTeacher(TrainerCallback):
             descriptor, self._open = self._open[1], None
             try:
                 os.fsync(descriptor)
-                _flush_folder(self.directory)
+                flush(self.directory)
             except OSError as error:
                 raise self._unwritable(error) from error
             finally:
@@ -549,7 +525,7 @@ class ReplayedTeacher(TrainerCallback):
         self.directory = Path(args.teacher_replay)
         self.batch_size = args.train_batch_size
         self.decides = args.distillation_type == "hard"
-        self.header = _by_one_process(lambda: self._open(fingerprint()))
+        self.header = by_one_process(lambda: self._open(fingerprint()))
         self.name = self.header.teacher["name"]
         self.sha256 = self.header.teacher["sha256"]
         self.num_parameters = self.header.teacher["num_parameters"]

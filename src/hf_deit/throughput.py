@@ -330,12 +330,12 @@ class _Contestant:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.run_once(batch_size)
             return torch.cuda.max_memory_allocated(self.device)
-        before = _restart_resident_peak()
+        before = restart_resident_peak()
         self.run_once(batch_size)
         if before is None:
             return None
         tensors = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
-        return sum(tensors.values()) + _resident_memory("VmHWM") - before
+        return sum(tensors.values()) + resident_memory("VmHWM") - before
 
 
 @contextmanager
@@ -363,18 +363,18 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _restart_resident_peak() -> int | None:
+def restart_resident_peak() -> int | None:
     """Resident bytes now, with the system's record of their peak begun anew; None where Linux does not do that."""
     with suppress(AttributeError, OSError, TypeError):  # freed pages that glibc keeps would hide a growth
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        return _resident_memory("VmRSS")
+        return resident_memory("VmRSS")
     except OSError:
         return None
 
 
-def _resident_memory(key: str) -> int:
+def resident_memory(key: str) -> int:
     """`VmRSS`, resident now, or `VmHWM`, at its peak; bytes."""
     return _kilobytes("/proc/self/status", key)
 

@@ -1,0 +1,32 @@
+"""What one process of several does for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+
+T = TypeVar("T")
+
+
+def by_one_process(action: Callable[[], T]) -> T:
+    """The main process does it, and all hear the result, be it a refusal: nobody is left waiting.
+
+    Called by every rank.
+
+    Raises:
+        ValueError: of the action, or a subclass of it, on every rank.
+    """
+    answer = [None, None]
+    if PartialState().is_main_process:
+        try:
+            answer[0] = action()
+        except ValueError as error:
+            answer[1] = error
+    result, refusal = broadcast_object_list(answer)
+    if refusal is not None:
+        raise refusal
+    return result
