@@ -96,7 +96,7 @@ def add_branch(
 
     Source: Huang et al. 2016; Table 9 of the paper; timm/layers/drop.py for the scaling.
     """
-    residual = hidden_states[:, :num_outputs]
+    residual = hidden_states if num_outputs is None else hidden_states[:, :num_outputs]
     if drop_path_rate == 0.0:
         return residual + branch(hidden_states)
     keep = 1.0 - drop_path_rate
@@ -141,7 +141,14 @@ def is_watched(module: nn.Module) -> bool:
     Transformers' recorders stay in place once they were asked for; what they record is known here without them.
     """
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(hook.__module__ != capture_outputs.__module__ for each in hooks for hook in each.values())
+    return any(hooks) and any(
+        hook.__module__ != capture_outputs.__module__ for each in hooks for hook in each.values()
+    )
+
+
+def runs_eagerly_on_cpu(states: Tensor) -> bool:
+    """Where what a GPU or a compiler likes best costs time."""
+    return states.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class DeiTPatchEmbeddings(nn.Module):
@@ -232,6 +239,25 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def sdpa_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """PyTorch's fused attention. Transformers' function for it prepares masks, caches and shared heads, of which DeiT
+    has none; in a small model that takes as long as the attention (measured)."""
+    context = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+    return context.transpose(1, 2), None
+
+
+OWN_BACKENDS = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
+
+
 class DeiTAttention(nn.Module):
     """Multi-head self-attention through whichever backend `config._attn_implementation` names."""
 
@@ -241,6 +267,7 @@ class DeiTAttention(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
+        self.dropout_rate = config.attention_probs_dropout_prob
         self.head_width = width // config.num_attention_heads
         self.scaling = self.head_width**-0.5
         # ModuleDict only spells the Hub's names: attention.attention.query, attention.output.dense.
@@ -250,17 +277,17 @@ class DeiTAttention(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
 
     def query_key_value(self, hidden_states: Tensor, num_queries: int | None) -> tuple[Tensor, ...]:
-        """`(batch, tokens, width)` to three of the same shape, by one matrix product; the query of some tokens only.
+        """`(batch, tokens, width)` to three of the same shape; the query of the first `num_queries` tokens only.
 
-        The three parameters stay apart, as every loader, optimizer, sharder and adapter knows them. Joining them
-        copies 0.4 (Ti) to 7 MB (B) a layer; on the CPU a training step takes as long as with three products
-        (measured), and GPUs prefer one large product to three small ones (not measured here).
+        One matrix product, which GPUs prefer to three small ones (not measured here) and exported graphs keep; three
+        on a CPU, which gains nothing from a larger one (measured). The parameters stay apart, as every loader,
+        optimizer, sharder and adapter knows them: joining them copies 0.4 (Ti) to 7 MB (B) a layer.
         """
-        linears = list(self.attention.values())
-        if not all(is_plain(linear, nn.Linear) for linear in linears):
-            query, key, value = linears
-            return query(hidden_states[:, :num_queries]), key(hidden_states), value(hidden_states)
-        alone = () if num_queries is None else (linears.pop(0)(hidden_states[:, :num_queries]),)
+        linears = query, key, value = list(self.attention.values())
+        asking = hidden_states if num_queries is None else hidden_states[:, :num_queries]
+        if runs_eagerly_on_cpu(hidden_states) or not all(is_plain(linear, nn.Linear) for linear in linears):
+            return query(asking), key(hidden_states), value(hidden_states)
+        alone = () if num_queries is None else (linears.pop(0)(asking),)
         weight = torch.cat([linear.weight for linear in linears])
         bias = torch.cat([linear.bias for linear in linears]) if self.config.qkv_bias else None
         return *alone, *F.linear(hidden_states, weight, bias).chunk(len(linears), dim=-1)
@@ -274,10 +301,9 @@ class DeiTAttention(nn.Module):
             for states in self.query_key_value(hidden_states, num_queries)
         )
         # Only eager attention has weights to show.
-        backend: Callable = eager_attention_forward
-        if not output_attentions:
-            backend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        name = "eager" if output_attentions else self.config._attn_implementation
+        backend = OWN_BACKENDS.get(name) or ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        dropout = self.dropout_rate if self.training else 0.0
         context, weights = backend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)
         return self.output.dense(context.flatten(2)), weights
 
@@ -316,8 +342,9 @@ class DeiTLayer(GradientCheckpointingLayer):
 
     def _may_skip(self, hidden_states: Tensor, output_attentions: bool) -> bool:
         """Whether samples may be left out of a branch: nobody looks into it, and it costs no waiting."""
-        eager_on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-        return eager_on_cpu and not output_attentions and not any(map(is_watched, self.modules()))
+        return (
+            runs_eagerly_on_cpu(hidden_states) and not output_attentions and not any(map(is_watched, self.modules()))
+        )
 
 
 class DeiTPooler(nn.Module):
