@@ -40,6 +40,9 @@ MATRIX_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_p
 LIBRARIES = ("hf_deit", "timm", "stock")
 
 
+transformers.utils.logging.disable_progress_bar()  # of files of a few megabytes
+
+
 @dataclass(frozen=True)
 class Peer:
     """A library's network, and how it is asked for the logits of both heads in training, or of one answer."""

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers.utils.generic import find_labels
 
+from hf_deit import modeling_deit
 from hf_deit.configuration_deit import DeiTConfig
 from hf_deit.modeling_deit import (
     DeiTForImageClassification,
@@ -554,27 +555,42 @@ def test_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
         torch.testing.assert_close(plain[name], checkpointed[name], msg=name)
 
 
-def test_one_qkv_product_equals_three():
+@pytest.fixture
+def one_product(monkeypatch):
+    """Query, key and value joined, as on a GPU and in a compiled graph."""
+    monkeypatch.setattr(modeling_deit, "runs_eagerly_on_cpu", lambda states: False)
+
+
+def test_one_qkv_product_equals_three(monkeypatch):
     model = small_model()
     pixel_values, labels, teacher_logits = small_batch()
-    layer = model.deit.encoder.layer[0].attention
-    one = model(pixel_values, labels=labels, teacher_logits=teacher_logits)
-    one.loss.backward()
-    fused = {name: gradient.clone() for name, gradient in gradients(model).items()}
-    model.zero_grad()
-    # A hook on one of the three must see its call, so the product is split.
-    seen = []
-    handle = layer.attention.query.register_forward_hook(lambda *call: seen.append(call))
-    three = model(pixel_values, labels=labels, teacher_logits=teacher_logits)
-    three.loss.backward()
-    handle.remove()
+    runs, products, linear = [], [], F.linear
+    monkeypatch.setattr(F, "linear", lambda *operands: products.append(operands[1].shape[0]) or linear(*operands))
+    for eagerly_on_cpu in (True, False):
+        monkeypatch.setattr(modeling_deit, "runs_eagerly_on_cpu", lambda states, value=eagerly_on_cpu: value)
+        products.clear()
+        model.zero_grad()
+        outputs = model(pixel_values, labels=labels, teacher_logits=teacher_logits)
+        outputs.loss.backward()
+        runs.append(gradients(model) | {"logits": outputs.cls_logits})
+        assert (3 * model.config.hidden_size in products) != eagerly_on_cpu
+    three, one = runs
+    assert three.keys() == one.keys()
+    for name in three:
+        torch.testing.assert_close(three[name], one[name], msg=name)
+
+
+def test_a_hook_on_the_query_sees_its_call(one_product):
+    model, seen = small_model(), []
+    pixel_values, *_ = small_batch()
+    before = model(pixel_values).cls_logits
+    query = model.deit.encoder.layer[0].attention.attention.query
+    query.register_forward_hook(lambda *call: seen.append(call))
+    torch.testing.assert_close(model(pixel_values).cls_logits, before)
     assert len(seen) == 1
-    torch.testing.assert_close(one.cls_logits, three.cls_logits)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, fused[name], msg=name)
 
 
-def test_an_adapter_on_the_query_is_not_bypassed():
+def test_an_adapter_on_the_query_is_not_bypassed(one_product):
     model = small_model()
     pixel_values, *_ = small_batch()
     before = model(pixel_values).cls_logits
@@ -586,6 +602,22 @@ def test_an_adapter_on_the_query_is_not_bypassed():
     for layer in model.deit.encoder.layer:
         layer.attention.attention.query.__class__ = Doubled
     assert not torch.allclose(before, model(pixel_values).cls_logits, atol=1e-3)
+
+
+def test_the_activation_works_in_place_only_where_nobody_looks():
+    model = small_model().eval()
+    pixel_values, *_ = small_batch()
+    layer, seen = model.deit.encoder.layer[0], {}
+    with_gradients = model(pixel_values).cls_logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values).cls_logits, with_gradients)
+        handle = layer.intermediate.dense.register_forward_hook(lambda *call: seen.update(dense=call[2]))
+        torch.testing.assert_close(model(pixel_values).cls_logits, with_gradients)
+        handle.remove()
+        layer.activation.register_forward_pre_hook(lambda module, inputs: seen.update(activation=inputs[0]))
+        torch.testing.assert_close(model(pixel_values).cls_logits, with_gradients)
+    assert seen["dense"].min() < -0.5, "an activated value is never below -0.17"
+    torch.testing.assert_close(seen["activation"], seen["dense"])
 
 
 def test_no_bias_in_qkv():
