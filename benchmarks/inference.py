@@ -1,9 +1,10 @@
 """One forward pass beside timm's and stock Transformers': `python benchmarks/inference.py [--device cuda] [...]`.
 
 The three libraries' distilled DeiT with the same weights answers the same ready batch (the mean of both heads'
-logits), without gradients, in turns: images/s, the median and (slowest - fastest round). "Limit" is what the ratio to
-timm would be if all but our matrix products took no time, by a profile of the eager step on a CPU. The paper's models
-beside the convnets, at their best batch: `recipes/run_throughput.py`.
+logits), without gradients, in turns: images/s, the median and (slowest - fastest round); ratios, the median of the
+rounds'. "Limit" is what the ratio to timm would be if all but our matrix products and the fused attention took no
+time, by a profile of the eager step on a CPU. The paper's models beside the convnets, at their best batch:
+`recipes/run_throughput.py`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from peers import (
     autocast,
     build_peers,
     make_pixels,
-    matrix_product_seconds,
+    matrix_product_share,
     print_header,
     print_row,
     release,
@@ -48,7 +49,7 @@ def answering(peer: Peer, pixels: Tensor, compiled: bool) -> Callable[[], Tensor
 
 
 def compare(size: str, batch_size: int, modes: list[str], rounds: int, device: torch.device) -> list[dict]:
-    pixels, times, products = make_pixels(size, batch_size, device), {}, None
+    pixels, times, share = make_pixels(size, batch_size, device), {}, None
     for mode in modes:
         peers = build_peers(size, 0.0, device)
         steps = {name: answering(peers[name], pixels, mode == "compiled") for name in LIBRARIES}
@@ -61,10 +62,10 @@ def compare(size: str, batch_size: int, modes: list[str], rounds: int, device: t
             with torch.inference_mode(), FlopCounterMode(display=False) as counter:
                 peers["timm"].answer(pixels)
             if device.type == "cpu":
-                products = matrix_product_seconds(steps["hf_deit"])
+                share = matrix_product_share(steps["hf_deit"])
         del peers, steps
         release()
-    facts = {"size": size, "batch": batch_size, "flops": counter.get_total_flops(), "matrix_products": products}
+    facts = {"size": size, "batch": batch_size, "flops": counter.get_total_flops(), "matrix_product_share": share}
     return speed_rows(facts, times, batch_size)
 
 

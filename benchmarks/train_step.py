@@ -1,6 +1,6 @@
 """A training step beside timm's and stock Transformers': `python benchmarks/train_step.py [--device cuda] [...]`.
 
-Four tables, each of interleaved rounds; medians, slowest and fastest round, ratios:
+Four tables, each of interleaved rounds: medians (slowest - fastest round), and the median of the rounds' ratios:
 - student: forward, eq. 3 with given decisions, backward, AdamW; the three libraries' networks with the same weights;
 - teacher: the same with a convnet that is asked in each step, beside timm's token distillation task;
 - trainer: a step of DistillationTrainer without a teacher, with it, and with its recorded answers, beside a loop
@@ -8,9 +8,9 @@ Four tables, each of interleaved rounds; medians, slowest and fastest round, rat
 - memory: the peak of a training step above what was taken before there was a model, each in a process of its own.
 
 The networks see the same ready batch each time, the trainer views of small PNGs. "Limit" is what the ratio to timm
-would be if all but our matrix products took no time, by a profile of the eager step on a CPU. On a GPU the arithmetic
-is bfloat16 under autocast, compiled as well, and the table says what share of the device's peak the step reaches
-(MFU).
+would be if all but our matrix products and the fused attention took no time, by a profile of the eager step on a CPU.
+On a GPU the arithmetic is bfloat16 under autocast, compiled as well, and the table says what share of the device's
+peak the step reaches (MFU).
 """
 
 import argparse
@@ -39,7 +39,7 @@ from peers import (
     autocast,
     build_peers,
     make_pixels,
-    matrix_product_seconds,
+    matrix_product_share,
     model_fields,
     print_header,
     print_row,
@@ -145,7 +145,7 @@ def compare_students(args: argparse.Namespace, device: torch.device) -> list[dic
 def compare_student(
     size: str, batch_size: int, drop_path_rate: float, args: argparse.Namespace, device: torch.device
 ) -> list[dict]:
-    batch, times, products = make_batch(size, batch_size, device), {}, None
+    batch, times, share = make_batch(size, batch_size, device), {}, None
     for mode in ["eager", "compiled"][: 1 + args.compile]:
         peers = build_peers(size, drop_path_rate, device)
         steps = {
@@ -160,11 +160,11 @@ def compare_student(
         if mode == "eager":
             flops = flops_of(peers["timm"], batch[0])
             if device.type == "cpu":
-                products = matrix_product_seconds(steps["hf_deit"])
+                share = matrix_product_share(steps["hf_deit"])
         del peers, steps
         release()
     facts = {"size": size, "batch": batch_size, "drop path": drop_path_rate, "flops": flops}
-    return speed_rows(facts | {"matrix_products": products}, times, batch_size)
+    return speed_rows(facts | {"matrix_product_share": share}, times, batch_size)
 
 
 def flops_of(peer: Peer, pixels: Tensor) -> int:
