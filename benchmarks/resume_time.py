@@ -29,7 +29,7 @@ from survival import ROOT, run_distill, words
 sys.path.insert(0, str(ROOT / "tests"))
 from hub_server import HubServer  # noqa: E402
 
-from hf_deit import DistillationTrainer  # noqa: E402
+import hf_deit  # noqa: E402
 
 
 NAME = "user/pictures"
@@ -66,7 +66,7 @@ def write_digits(folder: Path, num_images: int) -> None:
             content.to_parquet(folder / f"{split}-{shard:05d}-of-{shards:05d}.parquet", batch_size=IMAGES_PER_BLOCK)
 
 
-class UntilTheFirstBatch(DistillationTrainer):
+class UntilTheFirstBatch(hf_deit.DistillationTrainer):
     """Ends the process with what was asked for: the time from `train` to the first batch."""
 
     answer: Path
@@ -87,7 +87,7 @@ def run_until_the_first_batch(arguments: list[str], answer: Path) -> None:
             os.dup2(log.fileno(), stream)
     torch.set_num_threads(1)
     UntilTheFirstBatch.answer = answer
-    run_distill.DistillationTrainer = UntilTheFirstBatch
+    hf_deit.DistillationTrainer = UntilTheFirstBatch
     run_distill.main(arguments)
 
 
@@ -125,7 +125,10 @@ def main() -> None:
                 )
                 process.start()
                 process.join()
-                one = json.loads((folder / "answer").read_text())
+                if not (answer := folder / "answer").exists():
+                    raise SystemExit(f"no first batch came:\n{answer.with_suffix('.log').read_text()[-2000:]}")
+                one = json.loads(answer.read_text())
+                answer.unlink()
                 assert one["step"] == step, one
                 ranges = [request.range for request in hub.requests[before:] if request.range]
                 seen[part].append(one | {"ranges": len(ranges)})
