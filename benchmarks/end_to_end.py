@@ -2,8 +2,7 @@
 
 For each recipe the views alone (its loader, nobody training), the steps alone (a DistillationTrainer's, from the
 moment the batch is there), and both together as they run; and the share of a step spent waiting for its views. By
-default the quickstart and the CIFAR-10 recipe; their teachers are trained first if they are not there. Other keys are
-the recipe's.
+default the quickstart; a recipe's teacher is trained first if it is not there. Other keys are the recipes'.
 """
 
 import argparse
@@ -88,20 +87,15 @@ def views_alone(trainer, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "recipes",
-        nargs="*",
-        type=Path,
-        default=[ROOT / "recipes" / f"{name}.yaml" for name in ("quickstart", "cifar10")],
-    )
+    parser.add_argument("recipes", nargs="*", type=Path, default=[ROOT / "recipes" / "quickstart.yaml"])
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args, overrides = parser.parse_known_args()
     machine, rows = describe_machine("cuda" if torch.cuda.is_available() else "cpu"), []
+    print(machine, flush=True)
     for recipe in args.recipes:
         rows.append(measure(recipe, overrides, args.steps))
-    print(machine, "", sep="\n")
-    print("| recipe | views/s: the loader alone | the steps alone | together | waiting for views | limited by |")
+    print("\n| recipe | views/s: the loader alone | the steps alone | together | waiting for views | limited by |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         side = "the loader" if row["views_alone"] < row["steps_alone"] else "the steps"
