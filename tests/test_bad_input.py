@@ -110,9 +110,9 @@ def bad(arguments, message):
         # the learning rate and its schedule
         bad(
             "--base_learning_rate 1e-3",
-            "learning_rate 0.002 and base_learning_rate 0.001 are both given: keep learning_rate for a final value",
+            "learning_rate 0.0015 and base_learning_rate 0.001 are both given: keep learning_rate for a final value",
         ),
-        bad("--min_lr 1", "min_lr 1 is above the learning rate 0.002 (batch 8): the cosine would rise; lower min_lr"),
+        bad("--min_lr 1", "min_lr 1 is above the learning rate 0.0015 (batch 8): the cosine would rise; lower min_lr"),
         bad("--learning_rate nan", "learning_rate is nan; it must be a positive number"),
         bad("--learning_rate inf", "learning_rate is inf; it must be a positive number"),
         bad("--learning_rate 0 --min_lr 0", "learning_rate is 0; it must be a positive number"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader
@@ -104,3 +105,36 @@ def test_a_worker_obeys_its_own_process():
         worker.terminate()
         worker.join(10)
         assert not worker.is_alive()
+
+
+KILLED_WHILE_ITS_WORKER_STARTS = """
+import os, signal, sys, time
+from torch.utils.data import DataLoader
+from hf_deit import preemption
+
+preemption.SECONDS_TO_OUTLIVE_THE_LOADER = 0.2
+loader = os.getpid()
+
+def start_late(worker_id):
+    print(os.getpid(), flush=True)
+    os.kill(loader, signal.SIGKILL)
+    while os.getppid() == loader:
+        time.sleep(0.01)
+
+init = preemption.outlive_sigterm(start_late) if sys.argv[1] == "ours" else start_late
+next(iter(DataLoader(range(8), num_workers=1, worker_init_fn=init)))
+"""
+
+
+@pytest.mark.parametrize("whose, stays", [("ours", False), ("torch's", True)])
+def test_a_worker_goes_whose_loader_is_killed_while_it_starts(whose, stays):
+    program = [sys.executable, "-c", KILLED_WHILE_ITS_WORKER_STARTS, whose]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        assert process.wait(60) == -signal.SIGKILL
+    deadline = time.monotonic() + (8 if stays else 60)  # torch looks every 5 seconds
+    while (there := Path(f"/proc/{worker}").exists()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if there:
+        os.kill(worker, signal.SIGKILL)
+    assert there == stays

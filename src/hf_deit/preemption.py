@@ -6,6 +6,7 @@ and what was lost where SIGKILL came alone: the steps since the last checkpoint.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -19,6 +20,8 @@ from transformers import TrainerCallback
 
 # EX_TEMPFAIL of sysexits.h: a temporary failure, "the user is invited to retry".
 EXIT_STATUS = 75
+# How long a loader's worker may be there after its loader was killed.
+SECONDS_TO_OUTLIVE_THE_LOADER = 5
 
 
 class Preempted(SystemExit):
@@ -89,12 +92,20 @@ def outlive_sigterm(worker_init_fn: Callable[[int], None] | None) -> Callable[[i
 def _start_worker(worker_init_fn: Callable[[int], None] | None, worker_id: int) -> None:
     if worker_init_fn is not None:
         worker_init_fn(worker_id)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has it not, nor Slurm
+    if hasattr(signal, "sigtimedwait"):  # macOS has it not, nor Slurm
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()
 
 
 def _obey_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+    """Ends the worker when its loader says so or is gone.
+
+    PyTorch's own watch begins after this: a loader that is killed before leaves it watching whoever adopted the
+    worker, and the worker there for ever.
+    """
+    parent = multiprocessing.parent_process()
+    while parent.is_alive():
+        sent = signal.sigtimedwait({signal.SIGTERM}, SECONDS_TO_OUTLIVE_THE_LOADER)
+        if sent is not None and sent.si_pid == parent.pid:
+            break
     os._exit(0)
