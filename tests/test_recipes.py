@@ -205,7 +205,7 @@ def test_fine_tuning_with_labels_and_teacher_from_32_to_48_pixels_and_from_ten_c
     first = json.loads((end / "trainer_state.json").read_text("utf-8"))["log_history"][0]
     assert first["class_loss"] > 0 and first["distillation_loss"] > 0
     assert first["loss"] == pytest.approx((first["class_loss"] + first["distillation_loss"]) / 2, rel=1e-3)
-    # The start's weights, its positions resized, and two steps of at most the learning rate, 0.002, away.
+    # The start's weights, its positions resized, and two steps of at most the learning rate, 0.0015, away.
     begun = DeiTForImageClassificationWithTeacher.from_pretrained(start, image_size=48, num_labels=7).state_dict()
     ended = DeiTForImageClassificationWithTeacher.from_pretrained(end).state_dict()
     assert ended["deit.embeddings.position_embeddings"].shape == (1, 36 + 2, 64)
@@ -224,8 +224,8 @@ def test_a_trained_teacher_is_one_that_load_teacher_reads(digits_teacher):
     "arguments, message",
     [
         (["--lerning_rate", "1"], "did you mean 'learning_rate'"),
-        (["--base_learning_rate", "1e-3"], "learning_rate 0.002 and base_learning_rate 0.001 are both given"),
-        (["--min_lr", "1"], "min_lr 1 is above the learning rate 0.002"),
+        (["--base_learning_rate", "1e-3"], "learning_rate 0.0015 and base_learning_rate 0.001 are both given"),
+        (["--min_lr", "1"], "min_lr 1 is above the learning rate 0.0015"),
         (["--dataset_name", "{empty}"], "no images found in .*expected parquet files"),
         (["--image_column", "picture"], "no column 'picture'.*set image_column"),
         (["--per_device_train_batch_size", "4000"], "one step takes 4000 views and the training set has 1437"),
