@@ -13,22 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peers import (
-    LIBRARIES,
-    SIZES,
-    Peer,
-    autocast,
-    build_peers,
-    make_pixels,
-    matrix_product_share,
-    print_header,
-    print_row,
-    release,
-    speed_rows,
-    take_turns,
-)
+from peers import SIZES, Peer, autocast, compare, make_pixels, print_header, print_row
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_deit import describe_machine
 
@@ -48,27 +34,6 @@ def answering(peer: Peer, pixels: Tensor, compiled: bool) -> Callable[[], Tensor
     return step
 
 
-def compare(size: str, batch_size: int, modes: list[str], rounds: int, device: torch.device) -> list[dict]:
-    pixels, times, share = make_pixels(size, batch_size, device), {}, None
-    for mode in modes:
-        peers = build_peers(size, 0.0, device)
-        steps = {name: answering(peers[name], pixels, mode == "compiled") for name in LIBRARIES}
-        logits = {name: step().float() for name, step in steps.items()}
-        for name in LIBRARIES:  # the same work, or the comparison is of nothing
-            bounds = {"rtol": 0.05, "atol": 0.05} if device.type == "cuda" else {"rtol": 1e-4, "atol": 1e-4}
-            torch.testing.assert_close(logits[name], logits["hf_deit"], **bounds)
-        times[mode] = take_turns(steps, rounds, device)
-        if mode == "eager":
-            with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-                peers["timm"].answer(pixels)
-            if device.type == "cpu":
-                share = matrix_product_share(steps["hf_deit"])
-        del peers, steps
-        release()
-    facts = {"size": size, "batch": batch_size, "flops": counter.get_total_flops(), "matrix_product_share": share}
-    return speed_rows(facts, times, batch_size)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["tiny", "small", "cpu"])
@@ -84,7 +49,14 @@ def main() -> None:
     print_header(FACTS)
     for size in args.sizes:
         for batch_size in args.batch_sizes:
-            found = compare(size, batch_size, ["eager", "compiled"][: 1 + args.compile], args.rounds, device)
+            pixels = make_pixels(size, batch_size, device)
+            found = compare(
+                {"size": size, "batch": batch_size},
+                lambda name, peer, compiled, pixels=pixels: answering(peer, pixels, compiled),
+                device,
+                args.rounds,
+                args.compile,
+            )
             for row in found:
                 print_row(row, FACTS, device)
             rows += found

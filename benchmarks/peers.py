@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_deit import DeiTConfig, DeiTForImageClassificationWithTeacher
 
@@ -154,6 +155,41 @@ def matrix_product_share(step: Callable[[], object], calls: int = 3) -> float:
     times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
     products = (key for key in times if key.startswith("aten::") and any(name in key for name in MATRIX_PRODUCTS))
     return sum(times[key] for key in products) / sum(times.values())
+
+
+def compare(
+    facts: Mapping,
+    new_step: Callable[[str, Peer, bool], Callable[[], Tensor]],
+    device: torch.device,
+    rounds: int,
+    compiled: bool,
+    drop_path_rate: float = 0.0,
+) -> list[dict]:
+    """The rows of one network: each library's step in turns, eager and, if wished, compiled.
+
+    Args:
+        facts: what the rows are of, "size" and "batch" among them.
+        new_step: (library, its network, whether to compile it) -> a step, which returns what the libraries agree on.
+    """
+    times, share = {}, None
+    for mode in ["eager", "compiled"][: 1 + compiled]:
+        peers = build_peers(facts["size"], drop_path_rate, device)
+        steps = {name: new_step(name, peer, mode == "compiled") for name, peer in peers.items()}
+        if not drop_path_rate:  # the same work, or the comparison is of nothing
+            results = {name: step().detach().float() for name, step in steps.items()}
+            for result in results.values():
+                bound = 0.05 if device.type == "cuda" else 1e-4
+                torch.testing.assert_close(result, results["hf_deit"], rtol=0, atol=bound)
+        times[mode] = take_turns(steps, rounds, device)
+        if mode == "eager":
+            with FlopCounterMode(display=False) as counter:  # of timm's, which leaves nothing out
+                steps["timm"]()
+            if device.type == "cpu":
+                share = matrix_product_share(steps["hf_deit"])
+        del peers, steps
+        release()
+    counted = {"flops": counter.get_total_flops(), "matrix_product_share": share}
+    return speed_rows({**facts, **counted}, times, facts["batch"])
 
 
 # The table

@@ -38,14 +38,13 @@ from peers import (
     Peer,
     autocast,
     build_peers,
+    compare,
     make_pixels,
-    matrix_product_share,
     model_fields,
     print_header,
     print_row,
     release,
     shown,
-    speed_rows,
     synchronize,
     take_turns,
 )
@@ -54,7 +53,6 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.task import TokenDistillationTask
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 from hf_deit import (
@@ -145,33 +143,13 @@ def compare_students(args: argparse.Namespace, device: torch.device) -> list[dic
 def compare_student(
     size: str, batch_size: int, drop_path_rate: float, args: argparse.Namespace, device: torch.device
 ) -> list[dict]:
-    batch, times, share = make_batch(size, batch_size, device), {}, None
-    for mode in ["eager", "compiled"][: 1 + args.compile]:
-        peers = build_peers(size, drop_path_rate, device)
-        steps = {
-            name: training_step(peer, our_loss if name == "hf_deit" else their_loss, batch, mode == "compiled")
-            for name, peer in peers.items()
-        }
-        if not drop_path_rate:  # the same work, or the comparison is of nothing
-            losses = {name: float(step().detach()) for name, step in steps.items()}
-            worst = max(abs(value - losses["hf_deit"]) for value in losses.values())
-            assert worst < (0.05 if device.type == "cuda" else 1e-4), losses
-        times[mode] = take_turns(steps, args.rounds, device)
-        if mode == "eager":
-            flops = flops_of(peers["timm"], batch[0])
-            if device.type == "cpu":
-                share = matrix_product_share(steps["hf_deit"])
-        del peers, steps
-        release()
-    facts = {"size": size, "batch": batch_size, "drop path": drop_path_rate, "flops": flops}
-    return speed_rows(facts | {"matrix_product_share": share}, times, batch_size)
+    batch = make_batch(size, batch_size, device)
 
+    def new_step(name: str, peer: Peer, compiled: bool) -> Callable[[], Tensor]:
+        return training_step(peer, our_loss if name == "hf_deit" else their_loss, batch, compiled)
 
-def flops_of(peer: Peer, pixels: Tensor) -> int:
-    """Of a forward and a backward pass of the network as the paper has it: of timm's, which leaves nothing out."""
-    with FlopCounterMode(display=False) as counter, autocast(pixels.device):
-        sum(logits.sum() for logits in peer.two_heads(pixels)).backward()
-    return counter.get_total_flops()
+    facts = {"size": size, "batch": batch_size, "drop path": drop_path_rate}
+    return compare(facts, new_step, device, args.rounds, args.compile, drop_path_rate)
 
 
 # With a teacher in each step
