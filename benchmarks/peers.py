@@ -171,7 +171,7 @@ def compare(
         facts: what the rows are of, "size" and "batch" among them.
         new_step: (library, its network, whether to compile it) -> a step, which returns what the libraries agree on.
     """
-    times, share = {}, None
+    times, shares = {}, {}
     for mode in ["eager", "compiled"][: 1 + compiled]:
         peers = build_peers(facts["size"], drop_path_rate, device)
         steps = {name: new_step(name, peer, mode == "compiled") for name, peer in peers.items()}
@@ -184,30 +184,35 @@ def compare(
         if mode == "eager":
             with FlopCounterMode(display=False) as counter:  # of timm's, which leaves nothing out
                 steps["timm"]()
-            if device.type == "cpu":
-                share = matrix_product_share(steps["hf_deit"])
+        if device.type == "cpu":
+            shares[mode] = matrix_product_share(steps["hf_deit"])
         del peers, steps
         release()
-    counted = {"flops": counter.get_total_flops(), "matrix_product_share": share}
-    return speed_rows({**facts, **counted}, times, facts["batch"])
+    return speed_rows({**facts, "flops": counter.get_total_flops()}, times, shares, facts["batch"])
 
 
 # The table
 
 
-def speed_rows(facts: Mapping, times: Mapping[str, Mapping[str, list[float]]], images: int) -> list[dict]:
+def speed_rows(
+    facts: Mapping, times: Mapping[str, Mapping[str, list[float]]], shares: Mapping[str, float], images: int
+) -> list[dict]:
     """One row a mode, and, where there are several, one in which each library has its best.
 
     Args:
         facts: what the row is of.
         times: mode -> library -> seconds of each round.
+        shares: mode -> share of matrix products in our step, where that is known.
         images: in a step.
     """
     if len(times) > 1:
         libraries = next(iter(times.values()))
         best = {name: min((mode[name] for mode in times.values()), key=median) for name in libraries}
         times = {**times, "best of each": best}
-    return [{**facts, "mode": mode, "images": images, "seconds": seconds} for mode, seconds in times.items()]
+    return [
+        {**facts, "mode": mode, "images": images, "seconds": seconds, "matrix_product_share": shares.get(mode)}
+        for mode, seconds in times.items()
+    ]
 
 
 def print_header(facts: Iterable[str]) -> None:
@@ -222,7 +227,7 @@ def print_row(row: Mapping, facts: Iterable[str], device: torch.device) -> None:
     cells += [shown(seconds[name], row["images"]) if name in seconds else "" for name in LIBRARIES]
     cells += [f"{times_as_fast(seconds, name):.3f}" if name in seconds else "" for name in LIBRARIES[1:]]
     share, peak = row["matrix_product_share"], peak_flops(device)
-    cells.append(f"{times_as_fast(seconds, 'timm') / share:.2f}" if share and row["mode"] == "eager" else "")
+    cells.append(f"{times_as_fast(seconds, 'timm') / share:.2f}" if share else "")
     cells.append(f"{row['flops'] / median(seconds['hf_deit']) / peak:.1%}" if peak else "")
     print(f"| {' | '.join(cells)} |", flush=True)
 

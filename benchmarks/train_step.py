@@ -8,7 +8,7 @@ Four tables, each of interleaved rounds: medians (slowest - fastest round), and 
 - memory: the peak of a training step above what was taken before there was a model, each in a process of its own.
 
 The networks see the same ready batch each time, the trainer views of small PNGs. "Limit" is what the ratio to timm
-would be if all but our matrix products and the fused attention took no time, by a profile of the eager step on a CPU.
+would be if all but our matrix products and the fused attention took no time, by a profile on a CPU.
 On a GPU the arithmetic is bfloat16 under autocast, compiled as well, and the table says what share of the device's
 peak the step reaches (MFU).
 """

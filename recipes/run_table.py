@@ -3,6 +3,7 @@
 Prints its plan with an estimate of the time, does the runs that have no result yet, each through the command line of
 run_distill.py or run_teacher.py, and writes the table and its picture. A finished run is a small JSON file beneath
 docs/results/, to be committed: stopped and started again, here or on another machine, a sweep goes on where it was.
+Of runs that ask one teacher about the same views, the longest goes first and writes the answers down for the others.
 `recipes/README.md` lists the tables.
 """
 
@@ -21,7 +22,7 @@ import torch
 import transformers
 import yaml
 
-from hf_deit import Sweep, exit_clearly, is_finished, plot_table
+from hf_deit import Sweep, exit_clearly, is_finished, is_recorded, plot_table
 
 
 RECIPES = Path(__file__).parent
@@ -42,6 +43,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def how_taught(run) -> list[str]:
+    """The run's options: its teacher's answers are replayed where all are recorded, else asked for and recorded."""
+    if run.answers is None:
+        return []
+    if is_recorded(run.answers, run.epochs):
+        return ["--teacher_replay", run.answers]
+    begun_without = any(Path(run.keys["output_dir"]).glob("checkpoint-*")) and not Path(run.answers).exists()
+    return [] if begun_without else ["--teacher_record", run.answers]
+
+
 def do(run, args: argparse.Namespace) -> dict:
     """One run as a process of its own. Its recipe and its log lie in its output directory."""
     output = Path(run.keys["output_dir"])
@@ -53,7 +64,7 @@ def do(run, args: argparse.Namespace) -> dict:
     if is_finished(output):
         return json.loads(results.read_text("utf-8"))
     recipe.write_text(yaml.safe_dump(run.keys, sort_keys=False))
-    command = [*shlex.split(args.launcher), str(RECIPES / run.script), str(recipe)]
+    command = [*shlex.split(args.launcher), str(RECIPES / run.script), str(recipe), *how_taught(run)]
     for key in ("dataset_name", "data_dir"):
         if getattr(args, key):
             command += [f"--{key}", getattr(args, key)]
@@ -68,7 +79,7 @@ def do(run, args: argparse.Namespace) -> dict:
 def sweep(sweeps: list[Sweep], args: argparse.Namespace) -> list[str]:
     """Does what is to do, seed by seed. Returns what failed; what needs a failed run is left out."""
     planned = {run.stem: run for sweep in sweeps for run in sweep.to_do()}
-    waiting = sorted(planned.values(), key=lambda run: run.seed)
+    waiting = sorted(planned.values(), key=lambda run: (run.seed, -run.epochs))
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -79,7 +90,10 @@ def sweep(sweeps: list[Sweep], args: argparse.Namespace) -> list[str]:
         while waiting or running:
             for run in list(waiting):
                 ahead = {other.stem for other in [*waiting, *running.values()]}
-                if len(running) < args.jobs and not ahead & {needed.stem for needed in run.needs}:
+                ready = not ahead & {needed.stem for needed in run.needs}
+                if run.answers in {other.answers for other in running.values() if other.answers}:
+                    ready &= is_recorded(run.answers, run.epochs)
+                if ready and len(running) < args.jobs:
                     waiting.remove(run)
                     running[pool.submit(do, run, args)] = run
             for future in wait(running, return_when=FIRST_COMPLETED).done:

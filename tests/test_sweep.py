@@ -13,6 +13,7 @@ from scipy import stats
 
 from hf_deit import ClassifierArguments, DataArguments, DistillationConfig, ModelArguments, parse_recipe
 from hf_deit.sweep import Sweep, mean_and_deviation, mean_and_interval
+from hf_deit.teacher_record import Header
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,6 +160,56 @@ def test_what_a_run_needs_is_done_again_where_its_files_are_gone(sweep):
     assert [run.stem for run in little.to_do()] == [distilled.stem]
     shutil.rmtree(distilled.needs[0].keys["output_dir"])
     assert [run.stem for run in little.to_do()] == [distilled.needs[0].stem, distilled.stem]
+
+
+def test_runs_that_differ_in_the_student_share_their_teachers_answers(sweep, tmp_path):
+    recipe = tmp_path / "recipes/ablations/no_erasing.yaml"
+
+    def answers(**keys):
+        recipe.write_text(yaml.safe_dump(FILES["imagenet/deit_base_distilled"] | keys))
+        runs = {run.name: run for run in sweep("paper", [3]).runs}
+        return runs["imagenet/deit_base_distilled"].answers, runs["ablations/no_erasing"].answers
+
+    for same in ({"model_size": "tiny", "use_distillation_token": False}, {"num_train_epochs": 100, "drop_path_rate": 0}):
+        first, second = answers(**same)
+        assert first == second and first.startswith("outputs/paper/answers/")
+    for other in ({"teacher": "timm:other"}, {"random_erasing_prob": 0}, {"per_device_train_batch_size": 64}):
+        first, second = answers(**other)
+        assert second is not None and first != second
+    for without in ({"distillation_type": "soft"}, {"distillation_type": "none"}):
+        assert answers(**without)[1] is None
+    one, other = ({run.answers for run in sweep("paper", [seed]).runs} - {None} for seed in (0, 1))
+    assert one and not one & other
+
+
+def test_one_run_records_and_the_others_replay(sweep, import_script, monkeypatch):
+    run_table, began = import_script("run_table"), []
+    tuned = {"name": "tuned", "keys": {"learning_rate": 1, "num_train_epochs": 400}, "paper": [1.0, "-"]}
+    rows = [{"name": "token", "paper": [1.0, "-"]}, tuned]
+    table = {"title": "Table", "columns": FILES["tables/a"]["columns"], "rows": rows}
+    for row in rows:
+        row["recipe"] = "imagenet/deit_base_distilled"
+    Path("recipes/tables/a.yaml").write_text(yaml.safe_dump(table))
+
+    def call(command, **_):
+        """The script's end of it: a record of the run's length, and its results."""
+        keys = yaml.safe_load(Path(command[2]).read_text())
+        option, directory = command[3:5]
+        began.append((keys.get("num_train_epochs", 300), option, directory))
+        if option == "--teacher_record":
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            fingerprint = {"images": 100, "views of a step": 10}
+            teacher = {"name": "big", "sha256": "0" * 16, "num_parameters": 1, "device": "cpu"}
+            Header("hard", None, 10 * began[-1][0], teacher, fingerprint, {}).write(Path(directory))
+        Path(keys["output_dir"], "all_results.json").write_text('{"eval_top1": 0.5}')
+        return 0
+
+    monkeypatch.setattr(run_table.subprocess, "call", call)
+    paper = sweep("paper", [0])
+    args = SimpleNamespace(launcher=sys.executable, jobs=2, dataset_name=None, data_dir=None)
+    assert run_table.sweep([paper], args) == []
+    place = paper.runs[0].answers
+    assert began == [(400, "--teacher_record", place), (300, "--teacher_replay", place)]
 
 
 def test_the_estimate_is_views_by_speed(sweep):

@@ -55,6 +55,7 @@ _MODULE_OF = {
     "load_classifier": "evaluation",
     "predict": "evaluation",
     "is_finished": "checkpoints",
+    "is_recorded": "teacher_record",
     "Sweep": "sweep",
     "Disagreement": "metrics",
     "ReaLAccuracy": "metrics",

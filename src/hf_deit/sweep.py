@@ -8,11 +8,12 @@ Not here: doing the runs (`recipes/run_table.py`) and drawing (plots.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -22,10 +23,18 @@ from scipy import stats
 
 from .checkpoints import is_finished
 from .dataset_registry import REGISTRY
+from .recipe import ModelArguments
 
 
 # Where a recipe leaves its model: outputs/<folder>/<stem>; in a sweep outputs/<scale>/<folder>/<stem>-seed<n>.
 OUTPUTS = PurePosixPath("outputs")
+# Keys that change neither a view nor the teacher. One that is missing here costs a record that could have been shared,
+# no more: what a record does not answer is refused by the run that would replay it.
+OF_THE_STUDENT = {item.name for item in fields(ModelArguments)} - {"teacher", "teacher_recipe"} | {
+    *("learning_rate", "base_learning_rate", "min_lr", "warmup_lr", "warmup_epochs", "num_train_epochs"),
+    *("weight_decay", "optim", "optim_args", "ema_decay", "label_smoothing_factor", "distillation_alpha"),
+    "output_dir",
+}
 
 
 @dataclass(frozen=True)
@@ -91,11 +100,27 @@ class Run:
         return "run_teacher.py" if self.name.split("-")[0].endswith("_teacher") else "run_distill.py"
 
     @property
+    def epochs(self) -> float:
+        return float(self.keys.get("num_train_epochs", 300))
+
+    @property
     def views(self) -> float | None:
         """Views that it is trained on; None where the size of its set is not known."""
         known = REGISTRY.get(self.keys.get("dataset_name", "imagenet-1k"))
         images = self.keys.get("max_train_samples") or (known and known.train_size)
-        return images and int(images) * float(self.keys.get("num_train_epochs", 300))
+        return images and int(images) * self.epochs
+
+    @property
+    def answers(self) -> str | None:
+        """Directory for its teacher's decisions; the same for runs that ask one teacher about the same views.
+
+        None without a teacher, and for soft distillation, whose answers are larger than a disk at the paper's scale.
+        """
+        if "teacher" not in self.keys or self.keys.get("distillation_type", "hard") != "hard":
+            return None
+        asked = {key: value for key, value in self.keys.items() if key not in OF_THE_STUDENT}
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        return str(PurePosixPath(*PurePosixPath(self.keys["output_dir"]).parts[:2], "answers", digest))
 
 
 @dataclass(frozen=True)

@@ -277,6 +277,18 @@ class Header:
         return f"{steps:,} steps = {steps / self.steps_per_epoch:.4g} epochs"
 
 
+def is_recorded(directory: str | os.PathLike, epochs: float) -> bool:
+    """Whether a record lies there that is as long as a run of so many epochs.
+
+    Raises:
+        ValueError: record.json is damaged, or of another version.
+    """
+    if not Path(directory, HEADER).exists():
+        return False
+    header = Header.read(Path(directory))
+    return header.steps >= math.ceil(epochs * header.steps_per_epoch)
+
+
 def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     """Each field that is another one now, with both values."""
     return "; ".join(
