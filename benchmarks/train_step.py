@@ -5,7 +5,7 @@ Four tables, each of interleaved rounds: medians (slowest - fastest round), and 
 - teacher: the same with a convnet that is asked in each step, beside timm's token distillation task;
 - trainer: a step of DistillationTrainer without a teacher, with it, and with its recorded answers, beside a loop
   written by hand that does the same work;
-- memory: the peak of a training step above what was taken before there was a model, each in a process of its own.
+- memory: the peak of a training step, what an image takes of it, and what it costs to keep fewer activations.
 
 The networks see the same ready batch each time, the trainer views of small PNGs. "Limit" is what the ratio to timm
 would be if all but our matrix products and the fused attention took no time, by a profile on a CPU.
@@ -364,28 +364,75 @@ def compare_trainer(size: str, batch_size: int, args: argparse.Namespace, device
 
 
 def compare_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    context, batch_size, rows = get_context("spawn"), args.batch_sizes[-1], []
+    batch_size, rows = args.batch_sizes[-1], []
+    print(
+        f"| size | library | checkpointed layers | MB at {batch_size} images | MB an image | largest batch in "
+        f"{args.memory_gb} GB | images/s | times its speed without |",
+        "|" + "---|" * 8,
+        sep="\n",
+    )
     for size in args.sizes:
-        peaks = {}
-        for name in LIBRARIES:
-            answer = context.Queue()
-            process = context.Process(target=send_peak, args=(name, size, batch_size, str(device), answer))
-            process.start()
-            peaks[name] = answer.get(timeout=600) / 1e6
-            process.join()
-        rows.append({"size": size, "batch": batch_size, "megabytes": peaks})
-        shares = (f"{name} {peak:.0f} MB ({peak / peaks['hf_deit']:.2f} x ours)" for name, peak in peaks.items())
-        print(f"- {size}, batch {batch_size}: {', '.join(shares)}", flush=True)
+        batch = make_batch(size, batch_size, device)
+        steps = {kind: small_step(size, *kind, batch) for kind in MEMORY_KINDS}
+        times = take_turns(steps, args.rounds, device)
+        del steps
+        release()
+        for library, every in MEMORY_KINDS:
+            half, peak = (peak_of(size, library, every, images, device) for images in (batch_size // 2, batch_size))
+            an_image = (peak - half) / (batch_size - batch_size // 2)
+            seconds, without = times[library, every], times[library, 0]
+            row = {
+                **{
+                    "size": size,
+                    "library": library,
+                    "checkpointed": {0: "none", 1: "all"}.get(every, f"one in {every}"),
+                },
+                **{"megabytes": peak / 1e6, "megabytes an image": an_image / 1e6},
+                # The two peaks make a line: what a batch of nothing takes, and an image.
+                "largest batch": int((args.memory_gb * 1e9 - peak) / an_image) + batch_size,
+                "images/s": batch_size / median(seconds),
+                "speed": median(one / other for one, other in zip(without, seconds, strict=True)),
+            }
+            rows.append(row | {"batch": batch_size, "seconds": seconds})
+            cells = (f"{cell:.2f}" if isinstance(cell, float) else f"{cell}" for cell in row.values())
+            print(f"| {' | '.join(cells)} |", flush=True)
     return rows
 
 
-def send_peak(name: str, size: str, batch_size: int, device_name: str, answer) -> None:
-    """Bytes of the model, its gradients, the optimizer's state and what a step needs besides, at their highest."""
+# A library, and of how many layers one is computed again in the backward pass (0: of none).
+MEMORY_KINDS = [*((library, 0) for library in LIBRARIES), ("hf_deit", 3), ("hf_deit", 2)]
+MEMORY_KINDS += [(library, 1) for library in LIBRARIES]
+
+
+def small_step(size: str, library: str, every: int, batch: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    """A training step; its layers are checkpointed as `every` says."""
+    peer = build_peers(size, 0.0, batch[0].device).pop(library)
+    if every and library == "timm":
+        peer.model.set_grad_checkpointing()
+    elif every:
+        peer.model.activation_checkpointing_enable(every_n_layers=every)
+    return training_step(peer, our_loss if library == "hf_deit" else their_loss, batch)
+
+
+def peak_of(size: str, library: str, every: int, batch_size: int, device: torch.device) -> float:
+    """Bytes of the model, its gradients, the optimizer's state and what a step needs besides, at their highest.
+
+    Measured in a process of its own, above what was taken before there was a model.
+    """
+    context = get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=send_peak, args=(size, library, every, batch_size, str(device), answer))
+    process.start()
+    peak = answer.get(timeout=600)
+    process.join()
+    return peak
+
+
+def send_peak(size: str, library: str, every: int, batch_size: int, device_name: str, answer) -> None:
     device = torch.device(device_name)
     batch = make_batch(size, batch_size, device)
     before = restart_resident_peak() if device.type == "cpu" else torch.cuda.memory_allocated(device)
-    peer = build_peers(size, 0.0, device).pop(name)
-    step = training_step(peer, our_loss if name == "hf_deit" else their_loss, batch)
+    step = small_step(size, library, every, batch)
     for _ in range(2):
         step()
     synchronize(device)
@@ -416,6 +463,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--teacher", help="a network of timm's; default: regnety_040; on a GPU: regnety_160")
+    parser.add_argument("--memory_gb", type=float, default=16, help="for the largest batch; the paper's V100 has 16")
     parser.add_argument("--compile", action="store_true", help="compiled networks too, and the best mode of each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="also write the figures here")

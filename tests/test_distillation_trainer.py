@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, default_data_collator
 
 from hf_deit import (
@@ -274,6 +276,15 @@ def test_nothing_is_clipped(tiny_images, tmp_path):
     run.train()
     norm = torch.cat([g.flatten() for g in gradients.steps[0].values()]).norm().item()
     assert norm > 1 and run.state.log_history[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_total_flos_are_of_the_forward_and_backward_pass(tiny_images, tmp_path):
+    model = DeiTForImageClassificationWithTeacher(DeiTConfig.from_size("tiny", num_labels=3))
+    run = trainer(tiny_images(), tmp_path, model, max_steps=1, **NO_CHANCE)
+    pixels = torch.zeros(2, 3, 224, 224)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.train()(pixel_values=pixels).cls_logits.sum().backward()
+    assert run.floating_point_ops({"pixel_values": pixels}) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 # Evaluation

@@ -170,7 +170,10 @@ def test_runs_that_differ_in_the_student_share_their_teachers_answers(sweep, tmp
         runs = {run.name: run for run in sweep("paper", [3]).runs}
         return runs["imagenet/deit_base_distilled"].answers, runs["ablations/no_erasing"].answers
 
-    for same in ({"model_size": "tiny", "use_distillation_token": False}, {"num_train_epochs": 100, "drop_path_rate": 0}):
+    for same in (
+        {"model_size": "tiny", "use_distillation_token": False},
+        {"num_train_epochs": 100, "drop_path_rate": 0},
+    ):
         first, second = answers(**same)
         assert first == second and first.startswith("outputs/paper/answers/")
     for other in ({"teacher": "timm:other"}, {"random_erasing_prob": 0}, {"per_device_train_batch_size": 64}):
