@@ -20,6 +20,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -49,6 +50,7 @@ from peers import (
     take_turns,
 )
 from PIL import Image
+from safetensors.torch import save_file
 from timm.loss import SoftTargetCrossEntropy
 from timm.task import TokenDistillationTask
 from torch import Tensor
@@ -196,8 +198,12 @@ def compare_teacher(size: str, batch_size: int, args: argparse.Namespace, device
 
 def new_teacher(name: str, num_labels: int, device: torch.device) -> tuple[torch.nn.Module, Teacher]:
     """timm's network with random weights, as it is and as our teacher."""
-    network = timm.create_model(name, num_classes=num_labels).to(device).eval()
-    return network, load_teacher(network, id2label=None, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    network = timm.create_model(name, num_classes=num_labels).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(network.state_dict(), Path(folder, "weights.safetensors"))
+        spec = f"timm:{name}?checkpoint={folder}/weights.safetensors"
+        teacher = load_teacher(spec, id2label=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, device=device)
+    return network.to(device), teacher
 
 
 # The trainer
@@ -363,6 +369,11 @@ def compare_trainer(size: str, batch_size: int, args: argparse.Namespace, device
 # Memory
 
 
+# A library, and of how many layers one is computed again in the backward pass (0: of none).
+MEMORY_KINDS = [*((library, 0) for library in LIBRARIES), ("hf_deit", 3), ("hf_deit", 2)]
+MEMORY_KINDS += [(library, 1) for library in LIBRARIES]
+
+
 def compare_memory(args: argparse.Namespace, device: torch.device) -> list[dict]:
     batch_size, rows = args.batch_sizes[-1], []
     print(
@@ -373,7 +384,7 @@ def compare_memory(args: argparse.Namespace, device: torch.device) -> list[dict]
     )
     for size in args.sizes:
         batch = make_batch(size, batch_size, device)
-        steps = {kind: small_step(size, *kind, batch) for kind in MEMORY_KINDS}
+        steps = {kind: memory_step(size, *kind, batch) for kind in MEMORY_KINDS}
         times = take_turns(steps, args.rounds, device)
         del steps
         release()
@@ -382,12 +393,11 @@ def compare_memory(args: argparse.Namespace, device: torch.device) -> list[dict]
             an_image = (peak - half) / (batch_size - batch_size // 2)
             seconds, without = times[library, every], times[library, 0]
             row = {
-                **{
-                    "size": size,
-                    "library": library,
-                    "checkpointed": {0: "none", 1: "all"}.get(every, f"one in {every}"),
-                },
-                **{"megabytes": peak / 1e6, "megabytes an image": an_image / 1e6},
+                "size": size,
+                "library": library,
+                "checkpointed": {0: "none", 1: "all"}.get(every, f"one in {every}"),
+                "megabytes": peak / 1e6,
+                "megabytes an image": an_image / 1e6,
                 # The two peaks make a line: what a batch of nothing takes, and an image.
                 "largest batch": int((args.memory_gb * 1e9 - peak) / an_image) + batch_size,
                 "images/s": batch_size / median(seconds),
@@ -399,12 +409,7 @@ def compare_memory(args: argparse.Namespace, device: torch.device) -> list[dict]
     return rows
 
 
-# A library, and of how many layers one is computed again in the backward pass (0: of none).
-MEMORY_KINDS = [*((library, 0) for library in LIBRARIES), ("hf_deit", 3), ("hf_deit", 2)]
-MEMORY_KINDS += [(library, 1) for library in LIBRARIES]
-
-
-def small_step(size: str, library: str, every: int, batch: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+def memory_step(size: str, library: str, every: int, batch: tuple[Tensor, ...]) -> Callable[[], Tensor]:
     """A training step; its layers are checkpointed as `every` says."""
     peer = build_peers(size, 0.0, batch[0].device).pop(library)
     if every and library == "timm":
@@ -417,33 +422,26 @@ def small_step(size: str, library: str, every: int, batch: tuple[Tensor, ...]) -
 def peak_of(size: str, library: str, every: int, batch_size: int, device: torch.device) -> float:
     """Bytes of the model, its gradients, the optimizer's state and what a step needs besides, at their highest.
 
-    Measured in a process of its own, above what was taken before there was a model.
+    Above what was taken before there was a model. On a CPU it takes a process of its own to know.
     """
-    context = get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=send_peak, args=(size, library, every, batch_size, str(device), answer))
-    process.start()
-    peak = answer.get(timeout=600)
-    process.join()
-    return peak
+    if device.type == "cuda":
+        return peak_here(size, library, every, batch_size, device)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(peak_here, size, library, every, batch_size, device).result()
 
 
-def send_peak(size: str, library: str, every: int, batch_size: int, device_name: str, answer) -> None:
-    device = torch.device(device_name)
-    batch = make_batch(size, batch_size, device)
-    before = restart_resident_peak() if device.type == "cpu" else torch.cuda.memory_allocated(device)
-    step = small_step(size, library, every, batch)
+def peak_here(size: str, library: str, every: int, batch_size: int, device: torch.device) -> float:
+    on_cpu, batch = device.type == "cpu", make_batch(size, batch_size, device)
+    before = restart_resident_peak() if on_cpu else torch.cuda.memory_allocated(device)
+    step = memory_step(size, library, every, batch)
     for _ in range(2):
         step()
-    synchronize(device)
-    if device.type == "cpu":
+    if on_cpu:
         restart_resident_peak()
-        step()
-        answer.put(resident_memory("VmHWM") - before)
     else:
         torch.cuda.reset_peak_memory_stats(device)
-        step()
-        answer.put(torch.cuda.max_memory_allocated(device) - before)
+    step()
+    return (resident_memory("VmHWM") if on_cpu else torch.cuda.max_memory_allocated(device)) - before
 
 
 PARTS = {
@@ -457,7 +455,7 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: tiny small cpu; on a GPU: tiny base")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, help="default: tiny small cpu; on a GPU: base")
     parser.add_argument(
         "--batch_sizes", nargs="+", type=int, help="default: 1 8 32; on a GPU: 256. Three parts take the last only"
     )
@@ -470,10 +468,12 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     on_gpu = device.type == "cuda"
-    args.sizes = args.sizes or (["tiny", "base"] if on_gpu else ["tiny", "small", "cpu"])
+    args.sizes = args.sizes or (["base"] if on_gpu else ["tiny", "small", "cpu"])
     args.batch_sizes = args.batch_sizes or ([256] if on_gpu else [1, 8, 32])
     args.teacher = args.teacher or ("regnety_160" if on_gpu else "regnety_040")
     args.compile |= on_gpu
+    if "memory" in args.parts and args.batch_sizes[-1] < 2:
+        parser.error("the part 'memory' compares a batch with half of it: let the last of --batch_sizes be 2 or more")
     facts = describe_machine(args.device)
     print(facts, flush=True)
     results = {"machine": facts, "arguments": {name: str(value) for name, value in vars(args).items()}}

@@ -52,7 +52,11 @@ def build_trainer(argv: list[str] | None = None) -> "hf_deit.DistillationTrainer
     teacher = None
     if needs_teacher and model_args.teacher is not None:
         teacher = hf_deit.load_teacher(
-            model_args.teacher, id2label=id2label, mean=processor.image_mean, std=processor.image_std
+            model_args.teacher,
+            id2label=id2label,
+            mean=processor.image_mean,
+            std=processor.image_std,
+            compile=training_args.torch_compile,
         )
 
     # 4. What trains, evaluates and saves them

@@ -24,7 +24,7 @@ LAYERS = (
     {
         *("configuration_deit", "losses", "mixing", "augmentation", "repeated_augmentation", "metrics"),
         *("recipe", "paper_tables", "model_card", "plots", "ema", "decoding", "bad_images", "local_layouts"),
-        *("streaming", "checkpoints", "health", "preemption", "processes"),
+        *("streaming", "checkpoints", "health", "preemption", "processes", "batch_norm_folding"),
     },
     {"auto_classes", "classifiers", "dataset_registry", "views", "distillation_config", "throughput"},
     {"checkpoint_conversion", "teachers", "data", "publishing", "sweep"},

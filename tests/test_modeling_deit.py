@@ -537,13 +537,13 @@ def test_patches_are_multiplied_as_the_convolution_would():
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(kind, use_reentrant):
+def test_activation_checkpointing_gives_the_same_gradients(kind, use_reentrant):
     pixel_values, labels, teacher_logits = small_batch()
     model = small_model(kind, drop_path_rate=0.5, hidden_dropout_prob=0.1).train()
     runs = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
             assert all(layer.gradient_checkpointing for layer in model.deit.encoder.layer)
         model.zero_grad()
         torch.manual_seed(3)  # the same dropped branches

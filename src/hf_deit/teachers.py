@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .batch_norm_folding import fold_batch_norms
 from .classifiers import (
     ACCEPTED_FORMS,
     FoundClassifier,
@@ -59,7 +60,8 @@ def load_teacher(
     Args:
         spec: a directory, a Hub id, `timm:<name>[?checkpoint=<file>]`, `python:<module>:<factory>` or a module (it is
             not copied, but frozen in place); see [`find_classifier`]. Of a list, or a string of them with commas, the
-            teachers average their probabilities.
+            teachers average their probabilities. Batch norms of what is loaded here are folded into the convolutions
+            before them; a module is left as it is.
         id2label: the student's class names; None when unknown, then classes are taken in the teacher's order.
         mean: per channel, of pixels in [0, 1]: what the student's pixels are normalised with.
         std: likewise.
@@ -81,7 +83,7 @@ def load_teacher(
     members = []
     for one in _split(spec):
         found = find_classifier(one)
-        member = _Member(found, mean, std, image_size, device, dtype)
+        member = _Member(found, mean, std, image_size, device, dtype, folds=not isinstance(one, nn.Module))
         names = names or found.names  # several teachers of a nameless student follow the first
         member.match_classes(names, num_labels, trust_class_order)
         if members and member.num_labels != members[0].num_labels:
@@ -127,8 +129,8 @@ class Teacher(nn.Module):
         self.models = tuple(member.model for member in members)
         self.name = " + ".join(member.name for member in members)
         self.num_labels = members[0].num_labels
-        self.num_parameters = sum(p.numel() for model in self.models for p in model.parameters())
-        digests = [fingerprint(model) for model in self.models]
+        self.num_parameters = sum(member.num_parameters for member in members)
+        digests = [member.sha256 for member in members]
         self.sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
         self.id2label = id2label
         super().train(False)
@@ -164,10 +166,12 @@ class Teacher(nn.Module):
 class _Member(nn.Module):
     """A frozen classifier that reads the student's pixels and answers in the student's class order."""
 
-    def __init__(self, found: FoundClassifier, mean, std, image_size, device, dtype):
+    def __init__(self, found: FoundClassifier, mean, std, image_size, device, dtype, folds: bool):
         super().__init__()
         self.name, self.names, self.dtype = found.name, found.names, dtype
         self.model = found.model.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.sha256 = fingerprint(self.model)
         device = next((p.device for p in self.model.parameters()), device)
 
         mean, std = tuple(map(float, mean)), tuple(map(float, std))
@@ -186,8 +190,10 @@ class _Member(nn.Module):
         self.num_labels = self._probe(size, device).shape[1]
         if self.image_size is None and self._is_fixed(found, size, device):
             self.image_size = size
+        folded = self._fold(size, device) if folds else 0
         logger.info(
-            "teacher %s: pixels of mean %s, std %s, at %s", self.name, own_mean, own_std, self.image_size or "any size"
+            "teacher %s: pixels of mean %s, std %s, at %s; %d batch norms folded",
+            *(self.name, own_mean, own_std, self.image_size or "any size", folded),
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -228,6 +234,11 @@ class _Member(nn.Module):
                 "Give a classifier, not a feature extractor"
             )
         return logits
+
+    def _fold(self, size: tuple[int, int], device) -> int:
+        noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        pixels = noise.to(device, memory_format=torch.channels_last)
+        return fold_batch_norms(self.model, lambda: logits_of(self.model(pixels)))
 
     def _is_fixed(self, found: FoundClassifier, size: tuple[int, int], device) -> bool:
         if found.fixed_size is not None or found.image_size is None:
