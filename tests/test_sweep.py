@@ -176,6 +176,8 @@ def test_runs_that_differ_in_the_student_share_their_teachers_answers(sweep, tmp
     ):
         first, second = answers(**same)
         assert first == second and first.startswith("outputs/paper/answers/")
+        own = {run.name: run.answers for run in sweep("little", [3]).runs}["imagenet/deit_base_distilled"]
+        assert own.startswith("outputs/little/little/convnet_teacher-seed3/answers/")
     for other in ({"teacher": "timm:other"}, {"random_erasing_prob": 0}, {"per_device_train_batch_size": 64}):
         first, second = answers(**other)
         assert second is not None and first != second

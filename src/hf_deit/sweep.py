@@ -33,7 +33,7 @@ OUTPUTS = PurePosixPath("outputs")
 OF_THE_STUDENT = {item.name for item in fields(ModelArguments)} - {"teacher", "teacher_recipe"} | {
     *("learning_rate", "base_learning_rate", "min_lr", "warmup_lr", "warmup_epochs", "num_train_epochs"),
     *("weight_decay", "optim", "optim_args", "ema_decay", "label_smoothing_factor", "distillation_alpha"),
-    "output_dir",
+    *("distillation_type", "output_dir"),
 }
 
 
@@ -114,13 +114,17 @@ class Run:
     def answers(self) -> str | None:
         """Directory for its teacher's decisions; the same for runs that ask one teacher about the same views.
 
-        None without a teacher, and for soft distillation, whose answers are larger than a disk at the paper's scale.
+        It lies within the teacher's own, where a run made that, so that it goes when another is to be trained. None
+        without a teacher, and for soft distillation, whose answers are larger than a disk at the paper's scale.
         """
-        if "teacher" not in self.keys or self.keys.get("distillation_type", "hard") != "hard":
+        teacher = self.keys.get("teacher")
+        if teacher is None or self.keys.get("distillation_type", "hard") != "hard":
             return None
         asked = {key: value for key, value in self.keys.items() if key not in OF_THE_STUDENT}
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-        return str(PurePosixPath(*PurePosixPath(self.keys["output_dir"]).parts[:2], "answers", digest))
+        made_here = teacher in [needed.keys["output_dir"] for needed in self.needs]
+        scale = PurePosixPath(*PurePosixPath(self.keys["output_dir"]).parts[:2])
+        return str(PurePosixPath(teacher if made_here else scale, "answers", digest))
 
 
 @dataclass(frozen=True)
