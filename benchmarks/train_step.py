@@ -422,10 +422,12 @@ def memory_step(size: str, library: str, every: int, batch: tuple[Tensor, ...]) 
 def peak_of(size: str, library: str, every: int, batch_size: int, device: torch.device) -> float:
     """Bytes of the model, its gradients, the optimizer's state and what a step needs besides, at their highest.
 
-    Above what was taken before there was a model. On a CPU it takes a process of its own to know.
+    Above what was taken before there was a model. On a CPU it takes a process of its own to know, one whose allocator
+    gives back at once what is freed.
     """
     if device.type == "cuda":
         return peak_here(size, library, every, batch_size, device)
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc's; read by the new process
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(peak_here, size, library, every, batch_size, device).result()
 
