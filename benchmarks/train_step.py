@@ -182,7 +182,14 @@ def compare_teacher(size: str, batch_size: int, args: argparse.Namespace, device
         value.backward()
         optimizer.step()
 
+    @torch.no_grad()
+    def network_alone() -> None:
+        with autocast(device):
+            network(batch[0])
+
     steps = {
+        "the teacher alone": lambda: teacher(batch[0]),
+        "its network alone, as timm has it": network_alone,
         "hf_deit, no teacher": training_step(peers["hf_deit"], our_loss, batch),
         "hf_deit, teacher asked": training_step(peers["hf_deit"], our_loss, batch, teacher=teacher),
         "timm's task": timms,
