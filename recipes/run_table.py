@@ -121,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     failed = sweep(sweeps, args)
     for each in sweeps:
         name = args.results / args.scale / f"table_{each.table}"
+        name.parent.mkdir(parents=True, exist_ok=True)  # if every run failed
         name.with_suffix(".md").write_text(f"{each.title}\n\n{each.markdown()}", "utf-8")
         plot_table(each.points(), name.with_suffix(".png"), title=each.title, lines=each.is_a_line)
         print(each.title, each.markdown(), sep="\n\n")
