@@ -87,6 +87,11 @@ def test_what_cannot_be_folded_stays_as_it_was(case):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_network_that_is_not_float32_is_left_and_not_asked():
+    model = with_moved_statistics(Odd("plain")).to(torch.bfloat16)
+    assert fold_batch_norms(model, lambda: pytest.fail("asked with pixels that it may not take")) == 0
+
+
 def test_watched_modules_are_left_alone():
     model = with_moved_statistics(Odd("plain"))
     seen = []

@@ -25,13 +25,16 @@ def fold_batch_norms(model: nn.Module, answer: Callable[[], Tensor]) -> int:
     """Folds in place, or leaves the model as it was where that would change its answer.
 
     Args:
-        model: in evaluation mode, float32. Its own `nn.Conv2d` and `nn.BatchNorm2d` are folded, those that it calls
-            once and one after the other; timm's batch norms with an activation keep that.
+        model: in evaluation mode; one that is not all float32 is left. Its own `nn.Conv2d` and `nn.BatchNorm2d` are
+            folded, those that it calls once and one after the other; timm's batch norms with an activation keep that.
         answer: the model's logits for some images that are not blank, always the same.
 
     Returns:
         How many were folded.
     """
+    has_norms = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    if not has_norms or any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        return 0
     with torch.backends.cudnn.flags(allow_tf32=False):
         pairs, before = _pairs(model, answer)
         kept = {name: model.get_submodule(name) for pair in pairs for name in pair}
@@ -63,7 +66,7 @@ def _pairs(model: nn.Module, answer: Callable[[], Tensor]) -> tuple[list[tuple[s
     for name, module in model.named_modules():
         if _is_watched(module):
             continue
-        if type(module) is nn.Conv2d and module.weight.dtype == torch.float32:
+        if type(module) is nn.Conv2d:
             handles.append(module.register_forward_hook(lambda _, args, out, name=name: see_convolution(name, out)))
         elif isinstance(module, nn.BatchNorm2d) and _can_be_left(module):
             handles.append(module.register_forward_pre_hook(lambda _, args, name=name: see_norm(name, args[0])))

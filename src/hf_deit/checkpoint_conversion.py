@@ -90,8 +90,7 @@ def layout(config: DeiTConfig) -> list[Row]:
     add("cls_token", "backbone.embeddings.cls_token", 1, 1, width)
     if distilled:
         add("dist_token", "backbone.embeddings.distillation_token", 1, 1, width)
-    tokens = config.num_prefix_tokens + math.prod(config.grid_size)
-    add("pos_embed", "backbone.embeddings.position_embeddings", 1, tokens, width)
+    add("pos_embed", "backbone.embeddings.position_embeddings", 1, config.num_tokens, width)
     patch = config.num_channels, *as_pair(config.patch_size)
     add_module("patch_embed.proj", "backbone.embeddings.patch_embeddings.projection", width, *patch)
     for number in range(config.num_hidden_layers):

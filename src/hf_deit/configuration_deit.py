@@ -10,6 +10,7 @@ class that computes it is the ViT.
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
@@ -168,6 +169,11 @@ class DeiTConfig(PreTrainedConfig):
         """Patches: (rows, columns)."""
         (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
         return height // patch_height, width // patch_width
+
+    @property
+    def num_tokens(self) -> int:
+        """Prefix tokens and patches."""
+        return self.num_prefix_tokens + math.prod(self.grid_size)
 
     def check(self) -> None:
         """Raise ValueError where the fields do not make a network."""

@@ -262,8 +262,7 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
         config = self.model.config
         if not isinstance(config, DeiTConfig):
             return super().floating_point_ops(inputs)
-        tokens = config.num_prefix_tokens + math.prod(config.grid_size)
-        return 6 * len(inputs["pixel_values"]) * tokens * self._num_parameters
+        return 6 * len(inputs["pixel_values"]) * config.num_tokens * self._num_parameters
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each part of the loss since the last line, over all ranks."""

@@ -181,11 +181,10 @@ class DeiTEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        num_tokens = config.num_prefix_tokens + math.prod(config.grid_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.distillation_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_distillation_token else None
         self.patch_embeddings = DeiTPatchEmbeddings(config)
-        self.position_embeddings = nn.Parameter(torch.empty(1, num_tokens, width))
+        self.position_embeddings = nn.Parameter(torch.empty(1, config.num_tokens, width))
         self.dropout_rate = config.hidden_dropout_prob
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:

@@ -65,7 +65,7 @@ class Publishing:
             tags=[tags] if isinstance(tags, str) else tags,
             model_type=config.model_type,
             architecture=" of ".join(filter(None, (type(self.model).__name__, getattr(config, "architecture", None)))),
-            num_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            num_parameters=self._num_parameters,
             num_classes=config.num_labels,
             image_size=getattr(transform, "image_size", None) or getattr(config, "image_size", None),
             crop_ratio=getattr(transform, "crop_ratio", None),
