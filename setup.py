@@ -46,7 +46,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_deit": ["*.md"]},
+    package_data={"hf_deit": ["py.typed"], "hf_deit.training": ["*.md"]},
     install_requires=INSTALL,
     extras_require={"dev": DEV, "export": EXPORT, "tensorboard": TENSORBOARD},
 )

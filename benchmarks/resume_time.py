@@ -27,7 +27,7 @@ from survival import ROOT, run_distill, words
 
 
 sys.path.insert(0, str(ROOT / "tests"))
-from hub_server import HubServer  # noqa: E402
+from support.hub_server import HubServer  # noqa: E402
 
 import hf_deit  # noqa: E402
 

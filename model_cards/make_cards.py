@@ -27,9 +27,9 @@ from hf_deit import (
     build_eval_transform,
     build_image_processor,
 )
-from hf_deit.dataset_registry import REGISTRY
-from hf_deit.model_card import LOSSES, hub_id
-from hf_deit.paper_tables import PAPER_TABLES
+from hf_deit.data.registry import REGISTRY
+from hf_deit.paper.tables import PAPER_TABLES
+from hf_deit.training.model_card import LOSSES, hub_id
 
 
 HERE = Path(__file__).resolve().parent

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.reference is not None and args.reference not in specs:
         raise ValueError(f"reference is {args.reference!r}; it must be one of {', '.join(specs)}")
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("hf_deit.throughput").setLevel(logging.INFO)
+    logging.getLogger("hf_deit.paper.throughput").setLevel(logging.INFO)
     machine = describe_machine(args.device)
 
     # 2. Measure

@@ -92,7 +92,7 @@ def tiny_images():
 @pytest.fixture
 def hub():
     """A started `HubServer`: the Hub's API on this machine, for clients in processes with `env=hub.environment`."""
-    from hub_server import HubServer
+    from support.hub_server import HubServer
 
     with HubServer() as server:
         yield server

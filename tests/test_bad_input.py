@@ -11,24 +11,12 @@ import datasets
 import pytest
 import torch
 from PIL import Image
+from support.recipes import SHORT, TINY
 
 from hf_deit import DeiTConfig, DeiTForImageClassificationWithTeacher, exit_clearly, new_classifier
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-SHORT = {
-    **TINY,
-    "max_steps": 2,
-    "max_train_samples": 64,
-    "max_eval_samples": 8,
-    "per_device_train_batch_size": 8,
-    "use_cpu": "true",
-    "disable_tqdm": "true",
-    "dataloader_num_workers": 0,
-    "eval_strategy": "no",
-    "save_strategy": "no",
-}
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +218,7 @@ def test_a_value_of_the_wrong_type_ends_with_its_option_and_status_2(script, inp
 
 
 def test_the_good_input_that_all_these_spoil_is_good(script, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_deit.distillation_trainer.plot_run", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_deit.training.distillation_trainer.plot_run", lambda *args, **kwargs: None)
     options = SHORT | {"teacher": inputs / "teacher", "output_dir": tmp_path, "model_name_or_path": inputs / "student"}
     script.main([str(word) for name, value in options.items() for word in (f"--{name}", value)])
     assert json.loads((tmp_path / "all_results.json").read_text())["eval_loss"] > 0

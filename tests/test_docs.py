@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from hf_deit import DeiTConfig, DeiTForImageClassificationWithTeacher, build_eval_transform, build_image_processor
-from hf_deit.dataset_registry import REGISTRY
+from hf_deit.data.registry import REGISTRY
 
 
 ROOT = Path(__file__).resolve().parents[1]

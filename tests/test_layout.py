@@ -16,34 +16,27 @@ import hf_deit
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "hf_deit"
-MODULES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "__init__")
 SCRIPTS = sorted([*ROOT.glob("recipes/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 
-# A module may import modules of the rows above its own, and nothing else of ours.
-LAYERS = (
-    {
-        *("configuration_deit", "losses", "mixing", "augmentation", "repeated_augmentation", "metrics"),
-        *("recipe", "paper_tables", "model_card", "plots", "ema", "decoding", "bad_images", "local_layouts"),
-        *("streaming", "checkpoints", "health", "preemption", "processes", "batch_norm_folding"),
-    },
-    {"auto_classes", "classifiers", "dataset_registry", "views", "distillation_config", "throughput"},
-    {"checkpoint_conversion", "teachers", "data", "publishing", "sweep"},
-    {"modeling_deit", "resuming", "teacher_record"},
-    {"distillation_trainer", "evaluation", "analysis", "export"},
-)
+# A room imports itself, the front hall (the files of `src/hf_deit`) and the rooms before it; the hall imports itself.
+ROOMS = ("augmentation", "plots", "models", "data", "teachers", "evaluation", "training", "paper")
 # The one file through which each heavy dependency comes in. (Benchmarks compare with peers, tests with references.)
 DOORS = {
-    "timm": "classifiers",
-    "albumentations": "augmentation",
-    "datasets": "data",
-    "evaluate": "metrics",
-    "matplotlib": "plots",
+    "timm": "models/classifiers.py",
+    "albumentations": "augmentation/",
+    "datasets": "data/loading.py",
+    "evaluate": "evaluation/metrics.py",
+    "matplotlib": "plots/",
 }
 # Tests of the repository rather than of one module.
 REPOSITORY_TESTS = {
     *("transformers_common", "recipes", "model_cards", "layout", "docs", "hub_server", "ecosystem", "scaling"),
     *("bad_input", "security"),
 }
+
+# Modules whose tests stand with another's.
+TESTED_WITH: set[str] = set()
 
 
 def imports(path: Path) -> set[str]:
@@ -56,32 +49,66 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, ["hf_deit" if node.level else "", node.module]))
-            # Of `from hf_deit import x`, x matters; elsewhere the module does.
-            names |= {f"hf_deit.{alias.name}" for alias in node.names} if module == "hf_deit" else {module}
+            package = ["hf_deit", *path.relative_to(PACKAGE).parts[:-1]] if node.level else []
+            module = ".".join([*package[: len(package) + 1 - node.level], *filter(None, [node.module])])
+            # Of `from package import x`, x matters; elsewhere the module does.
+            is_package = module == "hf_deit" or module.removeprefix("hf_deit.") in ROOMS
+            names |= {f"{module}.{alias.name}" for alias in node.names} if is_package else {module}
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hf_deit":
             names.add(f"hf_deit.{node.attr}")
     return names
 
 
-def test_the_scan_sees_every_kind_of_import(tmp_path):
-    file = tmp_path / "file.py"
+def test_the_scan_sees_every_kind_of_import(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "file.py"
     file.write_text(
-        "import timm.data as t\nfrom .losses import a\nfrom . import metrics\nfrom hf_deit.data import b\n"
+        "import timm.data as t\nfrom ..losses import a\nfrom . import views\nfrom ..models.export import c\n"
+        "from .. import __version__\nfrom hf_deit.data import b\n"
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hf_deit import DeiTModel\n"
         "def f():\n    import matplotlib.pyplot\n    hf_deit.Teacher\n"
     )
-    ours = {"hf_deit.losses", "hf_deit.metrics", "hf_deit.data", "hf_deit.DeiTModel", "hf_deit.Teacher"}
-    assert imports(file) == ours | {"timm.data", "typing", "matplotlib.pyplot"}
+    ours = {"losses", "data.views", "models.export", "__version__", "data.b", "DeiTModel", "Teacher"}
+    assert imports(file) == {f"hf_deit.{name}" for name in ours} | {"timm.data", "typing", "matplotlib.pyplot"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_a_module_imports_only_rows_above_it(path):
-    rows = [number for number, row in enumerate(LAYERS) if path.stem in row]
-    assert rows, f"{path.stem} is in no row of LAYERS: decide where it stands"
-    allowed = set().union(*LAYERS[: rows[0]])
-    ours = {name.split(".")[1] if "." in name else name for name in imports(path) if name.split(".")[0] == "hf_deit"}
-    assert ours <= allowed, f"{path.stem} may not import {sorted(ours - allowed)}"
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0] if len(parts) > 1 else ""
+
+
+def ours_imported_by(path: Path) -> set[str]:
+    """Modules of the package as dotted names without `hf_deit.`, names of modules only."""
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in MODULES}
+    names = {name.removeprefix("hf_deit.") for name in imports(path) if name.startswith("hf_deit.")}
+    return names & modules
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_the_front_hall_and_rooms_before_it(path):
+    own = room(path)
+    assert own == "" or own in ROOMS, f"{own} is in no place of ROOMS: decide where it stands"
+    allowed = {"", *ROOMS[: ROOMS.index(own) + 1]} if own else {""}
+    foreign = {name for name in ours_imported_by(path) if (name.split(".")[0] if "." in name else "") not in allowed}
+    assert not foreign, f"{path.relative_to(PACKAGE)} may not import {sorted(foreign)}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """The one exception is by name: model classes and the Auto classes, which import late; see auto_classes.py."""
+    arrows = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): ours_imported_by(path) for path in MODULES}
+    while free := [name for name, targets in arrows.items() if not targets & arrows.keys()]:
+        for name in free:
+            del arrows[name]
+    assert not arrows, f"a circle among {sorted(arrows)}"
+
+
+def test_rooms_are_small_and_the_front_hall_shows_at_one_glance():
+    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= 18
+    assert {path.name for path in entries if path.is_dir()} == set(ROOMS)
+    for name in ROOMS:
+        assert len([path for path in MODULES if room(path) == name]) <= 10, f"{name} wants a split"
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -93,28 +120,39 @@ def test_scripts_use_public_names_only(path):
 
 @pytest.mark.parametrize("dependency", DOORS)
 def test_a_heavy_dependency_has_one_door(dependency):
-    files = [PACKAGE / "__init__.py", *MODULES, *ROOT.glob("recipes/**/*.py")]
-    users = {path.stem for path in files if dependency in {name.split(".")[0] for name in imports(path)}}
-    assert users <= {DOORS[dependency]}
+    users = {path for path in MODULES if dependency in {name.split(".")[0] for name in imports(path)}}
+    assert all(str(path.relative_to(PACKAGE)).startswith(DOORS[dependency]) for path in users), users
+    for path in [PACKAGE / "__init__.py", *ROOT.glob("recipes/**/*.py")]:
+        assert dependency not in {name.split(".")[0] for name in imports(path)}
 
 
-@pytest.mark.parametrize("path", [*MODULES, PACKAGE / "__init__.py", *SCRIPTS], ids=lambda path: str(path.name))
+@pytest.mark.parametrize(
+    "path", [*PACKAGE.rglob("*.py"), *SCRIPTS], ids=lambda path: "/".join(path.relative_to(ROOT).parts[-2:])
+)
 def test_a_file_says_what_it_is(path):
     assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), f"{path} has no module docstring"
 
 
-def test_modules_and_tests_stand_one_to_one():
-    modules = {path.stem for path in MODULES}
-    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    assert tests - REPOSITORY_TESTS == modules
+def test_the_tests_mirror_the_rooms():
+    modules = {path.relative_to(PACKAGE) for path in MODULES}
+    tests = {path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    tests = {path.parent / path.name.removeprefix("test_") for path in tests}
+    assert {path for path in tests if path.stem not in REPOSITORY_TESTS} <= modules
+    untested = {path for path in modules - tests if str(path) not in TESTED_WITH}
+    assert not untested, f"no test file of their own: {sorted(map(str, untested))}"
 
 
-def test_the_design_page_shows_these_layers_and_doors():
+def test_no_test_imports_another():
+    for path in (ROOT / "tests").rglob("*.py"):
+        words = {name.split(".")[-1] for name in imports(path)}
+        assert not [name for name in words if name.startswith("test_")], path
+
+
+def test_the_design_page_shows_these_rooms_and_doors():
     text = (ROOT / "docs" / "design.md").read_text("utf-8")
-    rows = re.findall(r"^\| \d \| (.+) \|$", text, re.MULTILINE)
-    assert tuple(set(re.findall(r"`(\w+)`", row)) for row in rows[: len(LAYERS)]) == LAYERS
+    assert re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE) == list(ROOMS)
     sentence = text.partition("has one door: ")[2].partition(".\n")[0]
-    assert dict(re.findall(r"(\w+)\s`(\w+)\.py`", sentence)) == DOORS
+    assert dict(re.findall(r"(\w+)\s`([\w/]+(?:\.py)?)`", sentence)) == DOORS
 
 
 def test_every_public_name_exists():
@@ -127,7 +165,7 @@ def test_what_is_imported_when():
     steps = (
         "import hf_deit",
         "runpy.run_path('run_distill.py', run_name='__main__')",
-        "import hf_deit.teachers",
+        "import hf_deit.teachers.teacher",
     )
     program = f"""
 import contextlib, json, runpy, sys
@@ -143,11 +181,11 @@ for step in {steps}:
         command, cwd=ROOT / "recipes", capture_output=True, text=True, timeout=300, check=True, env=environment
     )
     package, script, module = (set(json.loads(line)) for line in done.stdout.splitlines() if line.startswith("["))
-    assert "hf_deit.auto_classes" in package
+    assert "hf_deit.models.auto_classes" in package
     assert not package & {"torch", "transformers", "numpy"}
     assert "usage: run_distill.py" in done.stdout
     assert not script & {*DOORS, "transformers.modeling_utils", "transformers.trainer", "torchvision", "scipy"}
-    assert "hf_deit.classifiers" in module
+    assert "hf_deit.models.classifiers" in module
     assert not module & DOORS.keys()
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hub_server import card_errors
 from huggingface_hub import ModelCard
 from PIL import Image
+from support.hub_server import card_errors
 
 from hf_deit import (
     DeiTConfig,

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from hf_deit.checkpoints import CheckpointError
 from hf_deit.processes import by_one_process
+from hf_deit.training.checkpoints import CheckpointError
 
 
 PROGRAM = """
 import os
-from hf_deit.checkpoints import CheckpointError
+from hf_deit.training.checkpoints import CheckpointError
 from hf_deit.processes import by_one_process
 from accelerate import PartialState
 

@@ -32,8 +32,8 @@ from hf_deit import (
     new_classifier,
     parse_recipe,
 )
-from hf_deit.dataset_registry import REGISTRY
-from hf_deit.teachers import Teacher
+from hf_deit.data.registry import REGISTRY
+from hf_deit.teachers.teacher import Teacher
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -73,7 +73,7 @@ def digits_teacher(scripts, tmp_path_factory):
 def quick(monkeypatch):
     """Without what makes many runs slow and says nothing about a recipe: the picture, and a look for garbage in
     all that was ever imported, which accelerate takes in each run."""
-    monkeypatch.setattr("hf_deit.distillation_trainer.plot_run", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_deit.training.distillation_trainer.plot_run", lambda *args, **kwargs: None)
     gc.freeze()
     yield
     gc.unfreeze()

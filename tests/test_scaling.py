@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers.models.deit.modeling_deit import DeiTForImageClassificationWithTeacher as StockDeiT
 
 from hf_deit import DeiTForImageClassificationWithTeacher
-from hf_deit.modeling_deit import DeiTLayer
+from hf_deit.models.modeling_deit import DeiTLayer
 
 
 ROOT = Path(__file__).resolve().parents[1]

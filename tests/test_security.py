@@ -21,11 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
-from hub_server import card_errors
 from huggingface_hub import ModelCard
 from PIL import EpsImagePlugin, Image
-from test_bad_input import SHORT, TINY
-from test_model_card import DISTILLED
+from support.cards import DISTILLED
+from support.hub_server import card_errors
+from support.recipes import SHORT, TINY
 
 from hf_deit import (
     DeiTConfig,
@@ -38,7 +38,8 @@ from hf_deit import (
     new_classifier,
     plot_confusion,
 )
-from hf_deit.checkpoints import (
+from hf_deit.data.decoding import DamagedImage
+from hf_deit.training.checkpoints import (
     MANIFEST,
     checkpoint_to_resume,
     committed,
@@ -46,8 +47,7 @@ from hf_deit.checkpoints import (
     problem_of,
     remove_unfinished,
 )
-from hf_deit.decoding import DamagedImage
-from hf_deit.model_card import as_text, build_model_card
+from hf_deit.training.model_card import as_text, build_model_card
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -94,7 +94,7 @@ def good(tmp_path_factory):
 @pytest.fixture
 def run(script, good, tmp_path, monkeypatch):
     """Runs run_distill.py in `tmp_path / "run"`; returns the message it ends with, or None where it finishes."""
-    monkeypatch.setattr("hf_deit.distillation_trainer.plot_run", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_deit.training.distillation_trainer.plot_run", lambda *args, **kwargs: None)
 
     def start(*arguments, first=()):
         options = SHORT | {"teacher": good / "teacher", "output_dir": tmp_path / "run"}

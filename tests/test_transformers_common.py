@@ -155,7 +155,7 @@ def test_transformers_common_tests_pass_wherever_stock_passes():
 
 def main() -> None:
     """Run both and print the counts, the differences, and everything as JSON on the last line."""
-    from hf_deit import modeling_deit
+    from hf_deit.models import modeling_deit
 
     common = import_common_tests(find_sdist())
     ours = tuple(getattr(modeling_deit, name) for name in CLASSES)

@@ -218,7 +218,7 @@ def _written_for_the_user(error: Exception) -> str | None:
         return None
     here = traceback.extract_tb(error.__traceback__)[-1].filename, str(error)
     file, message = _raised_in_worker(str(error)) or here
-    return message if Path(file).parent == Path(__file__).parent else None
+    return message if Path(__file__).parent in Path(file).parents else None
 
 
 def _raised_in_worker(text: str) -> tuple[str, str] | None:

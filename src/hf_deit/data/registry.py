@@ -1,0 +1,202 @@
+"""What is known of the data sets of the paper and a few more: facts, nothing is loaded here.
+
+Sizes and classes are Table 6 of the paper (arXiv 2012.12877) where it lists the set, else the set's own page.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD
+from . import official_layouts as local_layouts
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredDataset:
+    """The facts of one data set.
+
+    Attributes:
+        num_classes: at the finest level.
+        train_size: number of training images; None for a set that is only for evaluation.
+        eval_size: number of images to evaluate on.
+        released_sizes: of the files that are handed out, where they are known to differ from Table 6.
+        train_split: official splits to train on, with "+" between them; None for an evaluation set.
+        eval_split: official split to evaluate on.
+        page: where the set comes from, or where its terms are accepted.
+        layout: its official directory.
+        hub_id: repository on the Hub; None where none is known to be whole and correct.
+        image_column, label_column: of the repository on the Hub.
+        gated: the Hub asks to accept terms first.
+        licence: what its makers say, in a few words.
+        class_names: where the official files don't hold them; in the order of the labels.
+        classes_of: the registered set whose class i is class i here, where the names don't tell.
+        image_mean, image_std: per channel, of pixels in [0, 1]. The paper fine-tunes with ImageNet's everywhere.
+    """
+
+    num_classes: int
+    train_size: int | None
+    eval_size: int
+    released_sizes: tuple[int, int] | None = None
+    train_split: str | None = "train"
+    eval_split: str = "test"
+    page: str
+    layout: local_layouts.Layout
+    hub_id: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    gated: bool = False
+    licence: str
+    class_names: tuple[str, ...] | None = None
+    classes_of: str | None = None
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN
+    image_std: tuple[float, float, float] = IMAGENET_STD
+
+
+RESEARCH_ONLY = "non-commercial research and education"
+
+# www.robots.ox.ac.uk/~vgg/data/flowers/102/categories.html; imagelabels.mat counts them from 1
+# fmt: off
+FLOWER_NAMES = (
+    "pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea", "english marigold", "tiger lily",
+    "moon orchid", "bird of paradise", "monkshood", "globe thistle", "snapdragon", "colt's foot", "king protea",
+    "spear thistle", "yellow iris", "globe-flower", "purple coneflower", "peruvian lily", "balloon flower",
+    "giant white arum lily", "fire lily", "pincushion flower", "fritillary", "red ginger", "grape hyacinth",
+    "corn poppy", "prince of wales feathers", "stemless gentian", "artichoke", "sweet william", "carnation",
+    "garden phlox", "love in the mist", "mexican aster", "alpine sea holly", "ruby-lipped cattleya", "cape flower",
+    "great masterwort", "siam tulip", "lenten rose", "barbeton daisy", "daffodil", "sword lily", "poinsettia",
+    "bolero deep blue", "wallflower", "marigold", "buttercup", "oxeye daisy", "common dandelion", "petunia",
+    "wild pansy", "primula", "sunflower", "pelargonium", "bishop of llandaff", "gaura", "geranium", "orange dahlia",
+    "pink-yellow dahlia?", "cautleya spicata", "japanese anemone", "black-eyed susan", "silverbush",
+    "californian poppy", "osteospermum", "spring crocus", "bearded iris", "windflower", "tree poppy", "gazania",
+    "azalea", "water lily", "rose", "thorn apple", "morning glory", "passion flower", "lotus", "toad lily",
+    "anthurium", "frangipani", "clematis", "hibiscus", "columbine", "desert-rose", "tree mallow", "magnolia",
+    "cyclamen", "watercress", "canna lily", "hippeastrum", "bee balm", "ball moss", "foxglove", "bougainvillea",
+    "camellia", "mallow", "mexican petunia", "bromelia", "blanket flower", "trumpet creeper", "blackberry lily",
+)
+# fmt: on
+
+REGISTRY = {
+    "imagenet-1k": RegisteredDataset(
+        num_classes=1000,
+        train_size=1_281_167,
+        eval_size=50_000,
+        eval_split="validation",
+        page="https://huggingface.co/datasets/ILSVRC/imagenet-1k",
+        layout=local_layouts.IMAGENET,
+        hub_id="ILSVRC/imagenet-1k",
+        gated=True,
+        licence=RESEARCH_ONLY,
+    ),
+    # arXiv 1902.10811: ten images of each class
+    "imagenet-v2": RegisteredDataset(
+        num_classes=1000,
+        train_size=None,
+        eval_size=10_000,
+        train_split=None,
+        page="https://huggingface.co/datasets/vaishaal/ImageNetV2",  # archives of folders, no data set with columns
+        layout=local_layouts.IMAGENET_V2,
+        licence="as ImageNet's; images from Flickr",
+        class_names=tuple(map(str, range(1000))),
+        classes_of="imagenet-1k",
+    ),
+    # arXiv 2006.07159: ImageNet's validation images with new labels, any number of them per image
+    "imagenet-real": RegisteredDataset(
+        num_classes=1000,
+        train_size=None,
+        eval_size=50_000,
+        train_split=None,
+        eval_split="validation",
+        page="https://github.com/google-research/reassessed-imagenet",
+        layout=local_layouts.IMAGENET_REAL,
+        licence="labels Apache 2.0, images as ImageNet's",
+        class_names=tuple(map(str, range(1000))),
+        classes_of="imagenet-1k",
+    ),
+    "cifar10": RegisteredDataset(
+        num_classes=10,
+        train_size=50_000,
+        eval_size=10_000,
+        page="https://www.cs.toronto.edu/~kriz/cifar.html",
+        layout=local_layouts.CIFAR10,
+        hub_id="uoft-cs/cifar10",
+        image_column="img",
+        licence="not stated",
+    ),
+    "cifar100": RegisteredDataset(
+        num_classes=100,
+        train_size=50_000,
+        eval_size=10_000,
+        page="https://www.cs.toronto.edu/~kriz/cifar.html",
+        layout=local_layouts.CIFAR100,
+        hub_id="uoft-cs/cifar100",
+        image_column="img",
+        label_column="fine_label",
+        licence="not stated",
+    ),
+    "flowers102": RegisteredDataset(
+        num_classes=102,
+        train_size=2_040,
+        eval_size=6_149,
+        train_split="train+validation",
+        page="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
+        layout=local_layouts.FLOWERS102,
+        hub_id="dpdl-benchmark/oxford_flowers102",
+        licence="not stated",
+        class_names=FLOWER_NAMES,
+    ),
+    # The makers' own page is gone.
+    "cars": RegisteredDataset(
+        num_classes=196,
+        train_size=8_144,
+        eval_size=8_041,
+        page="https://huggingface.co/datasets/tanganke/stanford_cars",
+        layout=local_layouts.CARS,
+        hub_id="tanganke/stanford_cars",
+        licence=RESEARCH_ONLY,
+    ),
+    "inat18": RegisteredDataset(
+        num_classes=8_142,
+        train_size=437_513,
+        eval_size=24_426,
+        eval_split="validation",
+        page="https://github.com/visipedia/inat_comp/tree/master/2018",
+        layout=local_layouts.INATURALIST_2018,
+        licence=RESEARCH_ONLY,
+    ),
+    # Table 6 and the competition's files share the sum of 268,243; the files have three validation images a class.
+    "inat19": RegisteredDataset(
+        num_classes=1_010,
+        train_size=265_240,
+        eval_size=3_003,
+        released_sizes=(265_213, 3_030),
+        eval_split="validation",
+        page="https://github.com/visipedia/inat_comp/tree/master/2019",
+        layout=local_layouts.INATURALIST_2019,
+        licence=RESEARCH_ONLY,
+    ),
+    # arXiv 1708.07747
+    "fashion-mnist": RegisteredDataset(
+        num_classes=10,
+        train_size=60_000,
+        eval_size=10_000,
+        page="https://github.com/zalandoresearch/fashion-mnist",
+        layout=local_layouts.FASHION_MNIST,
+        hub_id="zalando-datasets/fashion_mnist",
+        licence="MIT",
+        # spelled as on the Hub
+        class_names=(
+            *("T - shirt / top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        ),
+    ),
+    # One fifth of scikit-learn's 1,797 is held out.
+    "digits": RegisteredDataset(
+        num_classes=10,
+        train_size=1_437,
+        eval_size=360,
+        page="https://scikit-learn.org/stable/datasets/toy_dataset.html",
+        layout=local_layouts.DIGITS,
+        licence="CC BY 4.0",
+        class_names=tuple(map(str, range(10))),
+    ),
+}

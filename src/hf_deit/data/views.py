@@ -1,0 +1,199 @@
+"""From encoded images to batches of views: decode, augment, collate.
+
+Pixels stay uint8 until they are on the device (mixing.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+from transformers import DeiTImageProcessor
+
+from ..augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform, ViewParameters
+from .decoding import DamagedImage, Part, decode_image
+
+
+# So many neighbours are tried in place of a damaged image; after them it is the set that is damaged.
+MAX_BAD_RUN = 100
+
+
+class ViewBatch(list):
+    """Examples whose pixels lie side by side in `pixels`, `(batch, height, width, 3)` uint8: collated without a copy.
+
+    Views kept one by one until the batch is whole would cost more than a tenth of a millisecond each, for memory that
+    the system has to hand out anew every time.
+    """
+
+    pixels: np.ndarray
+
+
+class TrainViews(torch.utils.data.Dataset):
+    """Augmented views of a training set; index it with a [`View`] (a plain index is that view of epoch 0).
+
+    A view is a pure function of `(seed, epoch, position)`: the process, the worker and what came before don't matter.
+    In place of a damaged image stands the next one that is whole, with its own label; the example then lists what it
+    replaces as `bad_images`: `(index, path or None, reason)` each.
+
+    Args:
+        images: with the columns `image` and `label`, as [`load_image_dataset`] returns them.
+        transform: from [`build_train_transform`].
+        seed: of all views.
+
+    Raises:
+        ValueError: the seed is negative; when indexed, 100 images in a row, or all there are, are damaged.
+    """
+
+    def __init__(self, images: Sequence[dict], transform: TrainTransform, seed: int = 0):
+        if seed < 0:
+            raise ValueError(f"the seed of the views is {seed}; it must be 0 or more")
+        self.images = images
+        self.transform = transform
+        self.seed = int(seed)  # shifted further than a NumPy integer is wide
+        self._rng = random.Random()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, view: int) -> dict:
+        return self.__getitems__([view])[0]
+
+    def __getitems__(self, views: list[int]) -> ViewBatch:
+        """The views of one batch; neighbours of the same image share its decoding."""
+        batch = ViewBatch()
+        batch.pixels = np.empty((len(views), self.transform.image_size, self.transform.image_size, 3), np.uint8)
+        groups = [(index, list(group)) for index, group in itertools.groupby(views, key=int)]
+        rows = _rows(self.images, [index for index, _ in groups])
+        for (index, group), row in zip(groups, rows, strict=True):
+            batch += self._views_of_one_image(index, row, group, batch.pixels[len(batch) :])
+        return batch
+
+    @property
+    def block_sizes(self) -> list[int] | None:
+        """Of images that are read by the block ([`RepeatedAugmentationSampler`] keeps to it)."""
+        return getattr(self.images, "block_sizes", None)
+
+    def _views_of_one_image(self, index: int, row: dict, views: list[int], out: np.ndarray) -> list[dict]:
+        bad_images = []
+        for offset in range(min(len(self), MAX_BAD_RUN)):
+            if offset:
+                row = self.images[(index + offset) % len(self)]
+            try:
+                examples = self._augment(row, views, out)
+            except DamagedImage as damage:
+                bad_images.append(((index + offset) % len(self), _path(row), str(damage)))
+                continue
+            if bad_images:
+                examples[0]["bad_images"] = bad_images
+            return examples
+        number, path, reason = bad_images[-1]
+        raise ValueError(
+            f"{len(bad_images)} training images in a row are damaged, from number {index} to number {number} (path "
+            f"{path}: {reason}): check the path and the columns of the dataset"
+        )
+
+    def _augment(self, row: dict, views: list[int], out: np.ndarray) -> list[dict]:
+        drawn = []  # before there are pixels, so that no more of them are decoded than the views take
+
+        def choose_part(height: int, width: int) -> Part:
+            reduction = self.transform.reduction(height, width)
+            for view in views:
+                drawn.append(self._draw(view, -(-height // reduction), -(-width // reduction)))
+            return Part(reduction, self.transform.rows_needed([choices for _, choices in drawn]))
+
+        pixels = decode_image(row["image"], choose_part)
+        examples = []
+        for view, (view_seed, choices), place in zip(views, drawn, out, strict=False):
+            place[...] = self.transform.apply(pixels, choices)
+            known_by = {"view_seeds": view_seed, "view_ids": _epoch_and_position(view)}
+            examples.append({"pixel_values": place, "labels": row["label"]} | known_by)
+        return examples
+
+    def _draw(self, view: int, height: int, width: int) -> tuple[int, ViewParameters]:
+        """The view's seed for what happens to it on the device, and its choices for an image of this size."""
+        epoch, position = _epoch_and_position(view)
+        self._rng.seed(self.seed << 96 | epoch << 64 | position)  # several times faster than seeding NumPy's
+        view_seed = self._rng.getrandbits(63)
+        return view_seed, self.transform.sample(height, width, self._rng)
+
+
+class EvalViews(torch.utils.data.Dataset):
+    """The one view of each held-out image; `transform` is from [`build_eval_transform`], without augmentation.
+
+    Raises:
+        ValueError: when indexed, the image is damaged. An evaluation skips nothing.
+    """
+
+    def __init__(self, images: Sequence[dict], transform: Callable):
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.images[index]
+        try:
+            image = decode_image(row["image"])
+        except DamagedImage as damage:
+            raise ValueError(
+                f"evaluation image number {index} (path {_path(row)}) is damaged: {damage}. Evaluation skips nothing, "
+                "or its accuracy would be that of another set: replace the file, or take it out of the set"
+            ) from damage
+        return {"pixel_values": self.transform(image), "labels": row["label"]}
+
+
+def _epoch_and_position(view: int) -> tuple[int, int]:
+    return getattr(view, "epoch", 0), getattr(view, "position", int(view))
+
+
+def _rows(images: Sequence[dict], indices: list[int]) -> list[dict]:
+    """Several at once where the set can, as PyTorch's loader asks for them."""
+    if hasattr(images, "__getitems__"):
+        return images.__getitems__(indices)
+    return [images[index] for index in indices]
+
+
+def _path(row: dict) -> str | None:
+    return (row["image"] or {}).get("path")
+
+
+def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:
+    """The evaluation transform and ImageNet's mean and standard deviation, as the processor saved with a model.
+
+    Stock's class defaults (a 256 x 256 squash, mean and deviation 0.5) are not the paper's.
+    """
+    return DeiTImageProcessor(
+        size={"shortest_edge": int(transform.image_size / transform.crop_ratio)},
+        crop_size={"height": transform.image_size, "width": transform.image_size},
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )
+
+
+def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray | list]:
+    """`pixel_values` `(batch, 3, height, width)` uint8 in channels-last memory, `labels` `(batch,)` int64 (of ReaL the
+    lists as they are), and for training `view_seeds` `(batch,)` int64 and `view_ids` `(batch, 2)` int64, epoch and
+    position: NumPy arrays because they are read on the host. Where images were replaced, `bad_images` too: the
+    examples' lists in one."""
+    if isinstance(examples, ViewBatch):
+        pixels = torch.from_numpy(examples.pixels)
+    else:
+        pixels = default_collate([torch.from_numpy(example["pixel_values"]) for example in examples])
+    labels = [example["labels"] for example in examples]
+    batch = {
+        "pixel_values": pixels.permute(0, 3, 1, 2),
+        "labels": labels if isinstance(labels[0], list) else torch.tensor(labels),
+    }
+    for name in ("view_seeds", "view_ids"):
+        if name in examples[0]:
+            batch[name] = np.array([example[name] for example in examples])
+    bad_images = [bad for example in examples for bad in example.get("bad_images", ())]
+    if bad_images:
+        batch["bad_images"] = bad_images
+    return batch

@@ -1,0 +1,360 @@
+"""A table of the paper as runs: which recipe with which keys, at which scale and seed, and what came of them.
+
+A table (`recipes/tables/*.yaml`) names recipes and the paper's numbers, a scale (`recipes/scales/*.yaml`) says what
+changes where eight GPUs and ImageNet are not at hand. Both are data. A finished run is one small JSON file.
+
+Not here: doing the runs (`recipes/run_table.py`) and drawing (plots.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import yaml
+from scipy import stats
+
+from ..data.registry import REGISTRY
+from ..recipe import ModelArguments
+from ..training.checkpoints import is_finished
+
+
+# Where a recipe leaves its model: outputs/<folder>/<stem>; in a sweep outputs/<scale>/<folder>/<stem>-seed<n>.
+OUTPUTS = PurePosixPath("outputs")
+# Keys that change neither a view nor the teacher. One that is missing here costs a record that could have been shared,
+# no more: what a record does not answer is refused by the run that would replay it.
+OF_THE_STUDENT = {item.name for item in fields(ModelArguments)} - {"teacher", "teacher_recipe"} | {
+    *("learning_rate", "base_learning_rate", "min_lr", "warmup_lr", "warmup_epochs", "num_train_epochs"),
+    *("weight_decay", "optim", "optim_args", "ema_decay", "label_smoothing_factor", "distillation_alpha"),
+    *("distillation_type", "output_dir"),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a run changes in its recipe. The fields are the keys of `recipes/scales/<name>.yaml`.
+
+    Attributes:
+        epochs: factor of the recipe's `num_train_epochs` (300 if it says none).
+        image_sizes: the recipe's image size to this scale's, pixels.
+        student: keys of the student, in place of the recipe's.
+        fine_tuning: keys of a student that goes on from another, in place of the recipe's.
+        data: keys in place of those of every recipe, teachers' included.
+        unless_said: keys of every recipe that does not set them itself.
+        teachers: what a recipe's `teacher` or `teacher_recipe` is called there, to the recipe of its stand-in.
+        views_per_second: of one run at a time, for the estimate before any run is finished.
+    """
+
+    name: str
+    epochs: float = 1.0
+    image_sizes: dict[int, int] = field(default_factory=dict)
+    student: dict = field(default_factory=dict)
+    fine_tuning: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    unless_said: dict = field(default_factory=dict)
+    teachers: dict[str, str] = field(default_factory=dict)
+    views_per_second: float | None = None
+
+    def keys_of(self, name: str, recipe: dict) -> dict:
+        """The recipe's keys at this scale. The recipes in the folder of the scale's name have its length already."""
+        keys = self.unless_said | recipe | self.data
+        if self.epochs != 1 and not name.startswith(f"{self.name}/"):
+            keys["num_train_epochs"] = float(recipe.get("num_train_epochs", 300)) * self.epochs
+        if not name.endswith("_teacher"):
+            keys |= self.student | (self.fine_tuning if "model_name_or_path" in recipe else {})
+        size = int(recipe.get("image_size", 224))
+        if size in self.image_sizes:
+            keys["image_size"] = self.image_sizes[size]
+        return keys
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        name: folder and stem of its recipe, and the keys that a table adds: `ablations/no_erasing`.
+        seed: of weights and views.
+        keys: the whole recipe, as it is run.
+        needs: the runs whose outputs it reads: its teacher, and the student that it goes on from.
+    """
+
+    name: str
+    seed: int
+    keys: dict
+    needs: tuple[Run, ...] = ()
+
+    @property
+    def stem(self) -> str:
+        return f"{self.name}-seed{self.seed}"
+
+    @property
+    def script(self) -> str:
+        return "run_teacher.py" if self.name.split("-")[0].endswith("_teacher") else "run_distill.py"
+
+    @property
+    def epochs(self) -> float:
+        return float(self.keys.get("num_train_epochs", 300))
+
+    @property
+    def views(self) -> float | None:
+        """Views that it is trained on; None where the size of its set is not known."""
+        known = REGISTRY.get(self.keys.get("dataset_name", "imagenet-1k"))
+        images = self.keys.get("max_train_samples") or (known and known.train_size)
+        return images and int(images) * self.epochs
+
+    @property
+    def answers(self) -> str | None:
+        """Directory for its teacher's decisions; the same for runs that ask one teacher about the same views.
+
+        It lies within the teacher's own, where a run made that, so that it goes when another is to be trained. None
+        without a teacher, and for soft distillation, whose answers are larger than a disk at the paper's scale.
+        """
+        teacher = self.keys.get("teacher")
+        if teacher is None or self.keys.get("distillation_type", "hard") != "hard":
+            return None
+        asked = {key: value for key, value in self.keys.items() if key not in OF_THE_STUDENT}
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        made_here = teacher in [needed.keys["output_dir"] for needed in self.needs]
+        scale = PurePosixPath(*PurePosixPath(self.keys["output_dir"]).parts[:2])
+        return str(PurePosixPath(teacher if made_here else scale, "answers", digest))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: a metric of a run (in percent there), and the paper's."""
+
+    row: str
+    column: str
+    recipe: str
+    keys: dict
+    metric: str
+    paper: float | None
+
+
+class Sweep:
+    """Runs of a table at a scale: what there is to do, what is done, and the table made of it.
+
+    Args:
+        table: `recipes/tables/<table>.yaml`: `title`, `columns` (name to `recipe`, a path beneath `recipes` with "{}"
+            where the row's goes, `keys`, `metric`), `rows` (`name`, `recipe`, `keys`, `metric`; `paper`: top-1 in
+            percent, one a column, "-" for a cell that is not there; `columns`: its own in place of the table's), and
+            `leave_out`: names of the rows and columns that a scale does not run. `plot: lines`: its picture has the
+            columns as an axis.
+        scale: `recipes/scales/<scale>.yaml`, see [`Scale`].
+        seeds: each row is run once for each.
+        recipes: the folder of recipes.
+        results: the folder of finished runs; a run's file is `<scale>/<name>-seed<seed>.json`.
+
+    Raises:
+        ValueError: no such table or scale, a recipe that is not there, a table without a row at that scale.
+    """
+
+    def __init__(
+        self,
+        table: str,
+        scale: str,
+        seeds: Sequence[int],
+        *,
+        recipes: str | os.PathLike,
+        results: str | os.PathLike,
+    ):
+        self.recipes, self.results = Path(recipes), Path(results) / scale
+        self.table, self.seeds = table, tuple(seeds)
+        self.scale = Scale(name=scale, **self._read("scales", scale))
+        self._content = self._read("tables", table)
+        self.title: str = self._content["title"]
+        self.is_a_line: bool = self._content.get("plot") == "lines"
+
+    def _read(self, folder: str, name: str) -> dict:
+        known = sorted(path.stem for path in (self.recipes / folder).glob("*.yaml"))
+        if name not in known:
+            raise ValueError(f"there is no {name!r} in recipes/{folder}; there are {', '.join(known)}")
+        return _read(self.recipes / folder / f"{name}.yaml")
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """The numbers that this scale has, row by row."""
+        left_out = self._content.get("leave_out", {}).get(self.scale.name, [])
+        cells = []
+        for row in self._content["rows"]:
+            for number, (name, column) in enumerate(self._content["columns"].items()):
+                column = row.get("columns", {}).get(name, column)
+                paper = row.get("paper", [])
+                if name in left_out or row["name"] in left_out or (paper and paper[number] == "-"):
+                    continue
+                cells.append(
+                    Cell(
+                        row["name"],
+                        name,
+                        column["recipe"].format(row.get("recipe", "")),
+                        {
+                            key: value.format(row.get("recipe", "")) if isinstance(value, str) else value
+                            for key, value in (column.get("keys", {}) | row.get("keys", {})).items()
+                        },
+                        row.get("metric", column.get("metric", "eval_top1")),
+                        paper[number] if paper else None,
+                    )
+                )
+        if not cells:
+            raise ValueError(
+                f"{self.title!r} has no rows at the scale {self.scale.name!r}: choose another with --scale"
+            )
+        return cells
+
+    def run_of(self, cell: Cell, seed: int) -> Run:
+        """The run that a cell's number comes from."""
+        return self._run(cell.recipe, cell.keys, seed)
+
+    def _run(self, recipe: str, added: dict, seed: int) -> Run:
+        path = self.recipes / f"{recipe}.yaml"
+        if not path.exists():
+            raise ValueError(f"{self.title!r} names recipes/{recipe}.yaml, which is not there")
+        keys = self.scale.keys_of(recipe, _read(path) | added)
+        needs = []
+
+        def output_of(needed: Run) -> str:
+            needs.append(needed)
+            return needed.keys["output_dir"]
+
+        named = keys.pop("teacher", None) or keys.pop("teacher_recipe", "").removesuffix(".yaml")
+        keys.pop("teacher_recipe", None)
+        if named and keys.get("distillation_type", "hard") in ("hard", "soft"):
+            stand_in = self.scale.teachers.get(named, named)
+            teacher = _recipe_of(stand_in) or stand_in
+            # One teacher for all seeds of the student, as in the paper.
+            is_recipe = (self.recipes / f"{teacher}.yaml").exists()
+            keys["teacher"] = output_of(self._run(teacher, {}, self.seeds[0])) if is_recipe else stand_in
+        if start := _recipe_of(keys.get("model_name_or_path", "")):
+            keys["model_name_or_path"] = output_of(self._run(start, {}, seed))
+        name = "-".join([recipe, *(f"{key}={PurePosixPath(str(value)).name}" for key, value in added.items())])
+        place = {"seed": seed, "output_dir": str(OUTPUTS / self.scale.name / f"{name}-seed{seed}")}
+        return Run(name, seed, keys | place, tuple(needs))
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """Every run once, each after what it needs, one seed after the other."""
+        found: dict[str, Run] = {}
+
+        def add(run: Run) -> None:
+            for needed in run.needs:
+                add(needed)
+            found.setdefault(run.stem, run)
+
+        for seed in self.seeds:
+            for cell in self.cells:
+                add(self.run_of(cell, seed))
+        return list(found.values())
+
+    # What is done
+
+    def path(self, run: Run) -> Path:
+        return self.results / f"{run.stem}.json"
+
+    def result(self, run: Run) -> dict | None:
+        """What the run left, or None: it has not been done, or with other settings."""
+        if not self.path(run).exists():
+            return None
+        result = json.loads(self.path(run).read_text("utf-8"))
+        return result if result["recipe"] == run.keys else None
+
+    def record(self, run: Run, metrics: dict, **facts) -> None:
+        """Writes the run's file: its settings, its metrics and `facts` about how it was done."""
+        path = self.path(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps({"recipe": run.keys, "metrics": metrics} | facts, indent=1) + "\n")
+        unfinished.replace(path)
+
+    def to_do(self) -> list[Run]:
+        """The runs without a result. What a run needs is done again where its files are not on this machine."""
+        wanted = {run.stem for run in self.runs if self.result(run) is None}
+        for run in reversed(self.runs):  # what is needed stands before what needs it
+            if run.stem in wanted:
+                wanted |= {needed.stem for needed in run.needs if not is_finished(needed.keys["output_dir"])}
+        return [run for run in self.runs if run.stem in wanted]
+
+    def seconds_left(self, jobs: int = 1) -> float | None:
+        """Estimate for the runs to do: from the finished ones where there are any, else from the scale's speed."""
+        speeds = [result["metrics"]["train_samples_per_second"] for run in self.runs if (result := self.result(run))]
+        speed = float(np.median(speeds)) if speeds else self.scale.views_per_second
+        views = [run.views for run in self.to_do()]
+        if speed is None or None in views:
+            return None
+        return sum(views) / speed / jobs
+
+    def plan(self, jobs: int = 1) -> str:
+        """What would be run, and how long it takes, in a few lines."""
+        to_do = self.to_do()
+        lines = [f"{self.title}: {len(self.runs)} runs, {len(self.runs) - len(to_do)} done, {len(to_do)} to do"]
+        lines += [f"  {run.stem}" for run in to_do]
+        seconds = self.seconds_left(jobs)
+        if seconds:
+            lines.append(f"  about {seconds / 3600:.1f} hours with {jobs} at a time")
+        return "\n".join(lines)
+
+    # What came of it
+
+    def values(self, cell: Cell) -> dict[int, float]:
+        """The cell's number by seed, percent; of the seeds that are done."""
+        results = {seed: self.result(self.run_of(cell, seed)) for seed in self.seeds}
+        return {
+            seed: 100 * result["metrics"][cell.metric]
+            for seed, result in results.items()
+            if result is not None and cell.metric in result["metrics"]
+        }
+
+    def points(self) -> list[tuple[str, str, list[float], float | None]]:
+        """Row, column, measured values (one a seed, percent) and the paper's number of each cell, for the picture."""
+        return [(cell.row, cell.column, list(self.values(cell).values()), cell.paper) for cell in self.cells]
+
+    def markdown(self) -> str:
+        """The table: mean ± standard deviation over seeds, how many, difference from the first row, the paper's."""
+        lines = [
+            "| | | measured here | seeds | difference from the first row (95 %) | the paper's |",
+            "|---|---|---|---|---|---|",
+        ]
+        table = [(cell, self.values(cell)) for cell in self.cells]
+        first = {cell.column: values for cell, values in reversed(table)}
+        for cell, values in table:
+            mean, deviation = mean_and_deviation(list(values.values()))
+            difference = ""
+            if values != first[cell.column]:
+                pairs = [values[seed] - first[cell.column][seed] for seed in values.keys() & first[cell.column].keys()]
+                difference = "{:+.2f} ± {:.2f}".format(*mean_and_interval(pairs)) if pairs else ""
+            measured = f"{mean:.2f} ± {deviation:.2f}" if values else "not run"
+            paper = "" if cell.paper is None else f"{cell.paper}"
+            lines.append(f"| {cell.row} | {cell.column} | {measured} | {len(values)} | {difference} | {paper} |")
+        return "\n".join(lines) + "\n"
+
+
+def _recipe_of(output: str) -> str | None:
+    """The recipe whose output directory that is."""
+    path = PurePosixPath(output)
+    return str(path.relative_to(OUTPUTS)) if path.is_relative_to(OUTPUTS) else None
+
+
+def _read(path: Path) -> dict:
+    return yaml.safe_load(path.read_text("utf-8")) or {}
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1); the latter is nan for fewer than two values."""
+    if not values:
+        return math.nan, math.nan
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Mean, and half the width of its confidence interval by Student's t; nan for fewer than two values."""
+    mean, deviation = mean_and_deviation(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * deviation / math.sqrt(len(values)))

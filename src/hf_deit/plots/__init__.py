@@ -1,0 +1,1 @@
+"""Every picture, drawn with matplotlib from plain numbers."""

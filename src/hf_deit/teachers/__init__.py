@@ -1,0 +1,1 @@
+"""A frozen classifier that answers a student's views, and records of its outputs."""

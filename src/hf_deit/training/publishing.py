@@ -1,0 +1,213 @@
+"""How DistillationTrainer publishes: the facts for its model card, and the way to the Hub.
+
+Not here: what the card says (model_card.py). The upload itself is Transformers'; what is added is that failures are
+told in time and in one line, that nothing is lost by them, and that no token is written down.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shlex
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub import auth_check
+
+from .. import __version__
+from ..data.registry import REGISTRY
+from ..models.configuration_deit import DeiTConfig
+from .distillation_config import BASE_BATCH_SIZE, PAPER_BASE_LEARNING_RATE, DistillationConfig
+from .model_card import CardFacts, build_model_card, hub_id
+
+
+logger = logging.getLogger(__name__)
+
+
+class Publishing:
+    """The part of [`DistillationTrainer`] that writes the card and talks to the Hub; stands before `Trainer`."""
+
+    def create_model_card(
+        self, *, model_name: str | None = None, license: str = "apache-2.0", tags: Sequence[str] = ()
+    ) -> None:
+        """Writes README.md into `output_dir`: what was trained on what, how, and how well.
+
+        Args:
+            model_name: by default that of the repository, or of `output_dir`.
+            license: of the weights, one of the Hub's identifiers.
+            tags: besides our own.
+        """
+        if self.is_world_process_zero():
+            card = build_model_card(self._card_facts(model_name, license, tags))
+            Path(self.args.output_dir, "README.md").write_text(f"{card}\n", encoding="utf-8")
+
+    def _card_facts(self, model_name: str | None, license: str, tags: Sequence[str]) -> CardFacts:
+        args, config, data = self.args, self.model.config, self.data_args
+        registered = REGISTRY.get(data.dataset_name)
+        output_dir = Path(args.output_dir)
+        transform = getattr(self.eval_dataset, "transform", None)
+        taught_by, teacher = self.replay or self.teacher, {}
+        if taught_by is not None:
+            teacher = {
+                "teacher": taught_by.name,
+                "teacher_sha256": taught_by.sha256,
+                "teacher_parameters": taught_by.num_parameters,
+                "teacher_replayed": self.replay.what if self.replay is not None else None,
+            }
+        return CardFacts(
+            name=model_name or (self.hub_model_id or output_dir.absolute().name).split("/")[-1],
+            model_id=self.hub_model_id or (output_dir.name if output_dir.is_absolute() else str(output_dir)),
+            license=license,
+            tags=[tags] if isinstance(tags, str) else tags,
+            model_type=config.model_type,
+            architecture=" of ".join(filter(None, (type(self.model).__name__, getattr(config, "architecture", None)))),
+            num_parameters=self._num_parameters,
+            num_classes=config.num_labels,
+            image_size=getattr(transform, "image_size", None) or getattr(config, "image_size", None),
+            crop_ratio=getattr(transform, "crop_ratio", None),
+            head_fusion=config.head_fusion if hasattr(self.model, "distillation_classifier") else None,
+            base_model=self.model.name_or_path or None,
+            dataset=data.dataset_name,
+            dataset_id=registered.hub_id if registered else hub_id(data.dataset_name),
+            dataset_terms=registered.licence if registered else None,
+            eval_split=data.eval_split or (registered.eval_split if registered else None),
+            num_train_images=len(self.train_dataset or ()),
+            num_eval_images=len(self.eval_dataset or ()),
+            bad_images=len(self.bad_images) if self.train_dataset is not None else 0,
+            distillation_type=args.distillation_type,
+            **teacher,
+            metrics=self._accuracy | self._teacher_accuracy,
+            settings=_settings_that_differ(args, config),
+            ema_decay=args.ema_decay,
+            epochs=self.state.epoch or 0,
+            steps=self.state.global_step,
+            planned_steps=self.state.max_steps,
+            command=self.command,
+            processes=args.world_size,
+            versions={"hf_deit": __version__, "Python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "transformers", "timm", "datasets", "albumentations")},
+        )
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Creates the repository, and makes sure that it can be written to before hours are spent on training."""
+        super().init_hf_repo(token, private)
+        if self.is_world_process_zero():
+            auth_check(self.hub_model_id, token=token or self.args.hub_token, write=True)
+
+    def push_to_hub(self, *args, **kwargs):
+        """As in Transformers; the teacher stays here. Keyword arguments of [`create_model_card`] reach the card.
+
+        Raises:
+            ValueError: the upload failed. The model is in `output_dir`; the message has the command to upload it.
+        """
+        # Before anything can go wrong. A second time if the repository is there already, but that costs little.
+        self.save_model(_internal_call=True)
+        self.create_model_card(**{name: value for name, value in kwargs.items() if name in ("license", "tags")})
+        with hub_failures_told(
+            self.args,
+            lambda: f"The model is safe in {self.args.output_dir}; upload it again: {self._upload_command()}",
+        ):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _upload_command(self) -> str:
+        args = self.args
+        words = ["hf", "upload", self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name]
+        words += [args.output_dir, ".", "--exclude", "checkpoint-*", "--exclude", "_*"]
+        words += ["--private"] * bool(args.hub_private_repo)
+        words += ["--revision", args.hub_revision] if args.hub_revision else []
+        return shlex.join(words)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """With a card of its own; else that of an earlier run would go up, or none."""
+        if self.is_world_process_zero():
+            uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
+            if self.args.hub_always_push or not uploading:  # else nothing is pushed, and the card is being read
+                self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        """Transformers does not look at how an upload in the background ended."""
+        super()._finish_current_push()
+        push = getattr(self, "push_in_progress", None)
+        for error in filter(None, (job.exception() for job in push.jobs)) if push else ():
+            logger.warning("a checkpoint was not uploaded to %s: %s", self.hub_model_id, _why(error))
+        self.push_in_progress = None
+
+
+# Of the fields of DistillationConfig, those that no weight depends on or that the card says in another way.
+NOT_SETTINGS = {
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "base_learning_rate", "ema_decay"),
+    *("max_bad_images", "eval_strategy", "save_strategy", "save_total_limit", "logging_steps"),
+    *("teacher_record", "teacher_replay", "teacher_top_k"),
+    *("logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters", "dataloader_num_workers"),
+    *("dataloader_persistent_workers", "dataloader_pin_memory"),
+}
+# Of those it inherits, the ones that weights do depend on; a list, so that no token gets into a card.
+INHERITED_SETTINGS = (
+    *("seed", "data_seed", "max_steps", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("bf16", "fp16", "load_best_model_at_end"),
+)
+PAPER_BATCH_SIZE = 1024
+
+
+def settings_of(args: DistillationConfig) -> dict[str, object]:
+    """What the weights depend on, by name; the learning rate and the batch stand apart (see [`CardFacts`])."""
+    own = [name for name in DistillationConfig.__annotations__ if name not in NOT_SETTINGS]
+    return {name: getattr(args, name) for name in (*own, *INHERITED_SETTINGS)}
+
+
+def _settings_that_differ(args: DistillationConfig, config) -> dict[str, tuple[object, object]]:
+    """Name to this run's value and the default's, which is Table 9's."""
+    defaults = {item.name: item.default for item in fields(args)}
+    values = {name: (value, defaults[name]) for name, value in settings_of(args).items()}
+    batch_size = args.effective_batch_size
+    scaled = PAPER_BASE_LEARNING_RATE * batch_size / BASE_BATCH_SIZE
+    values["batch size"] = (batch_size, PAPER_BATCH_SIZE)
+    if args.learning_rate != scaled:
+        values["learning_rate"] = (args.learning_rate, f"{scaled:g}, which is 5e-4 x batch / 512")
+    if isinstance(config, DeiTConfig):
+        values["drop_path_rate"] = (config.drop_path_rate, DeiTConfig.drop_path_rate)
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+
+class UnwrittenToken(str):
+    """A token that is not written down: Transformers pickles its arguments into training_args.bin and uploads that."""
+
+    def __reduce__(self):
+        return str, ("",)
+
+
+@contextmanager
+def hub_failures_told(args: DistillationConfig, advice: Callable[[], str]) -> Iterator[None]:
+    """Whatever fails inside huggingface_hub as one ValueError: what, why, what to do. All else passes."""
+    try:
+        yield
+    except Exception as error:  # httpx, xet and huggingface_hub have dozens of unrelated types
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any("huggingface_hub" in Path(frame.filename).parts for frame in frames):
+            raise
+        name = args.hub_model_id or Path(args.output_dir).absolute().name
+        raise ValueError(f"cannot push to {name!r} on the Hub: {_why(error)}. {advice()}") from error
+
+
+def _why(error: BaseException) -> str:
+    while error.__cause__ is not None and not hasattr(error, "response") and not isinstance(error, ValueError):
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    lines = [line.strip().rstrip(".: ") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # Of an answer the first line says it; names and front matter that are refused need all of them.
+    reason = lines[0] if status else ": ".join(lines)
+    if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
+        reason = "it does not know the token, or there is none: run `hf auth login`, or set HF_TOKEN"
+    elif status in (403, 404):
+        reason = (
+            "this token may not write there, as the name is somebody else's or the token only reads: set hub_model_id "
+            "to <your name>/<model>, or use a token with write permission"
+        )
+    elif status is None and not isinstance(error, ValueError):
+        reason = f"the connection failed ({reason})"
+    return reason

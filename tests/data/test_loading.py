@@ -1,0 +1,405 @@
+"""data.py: finding sets by name, directory or Hub id, and their two columns."""
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+
+import datasets
+import pytest
+from PIL import Image
+
+from hf_deit import load_image_dataset
+from hf_deit.data.decoding import decode_image
+from hf_deit.data.registry import REGISTRY
+
+
+def test_digits_come_without_network():
+    images = load_image_dataset("digits")
+    assert (len(images["train"]), len(images["eval"])) == (1437, 360)
+    assert images["train"].features["label"].names == [str(digit) for digit in range(10)]
+    assert decode_image(images["eval"][0]["image"]).shape == (8, 8, 3)
+    together = {row["image"]["bytes"] for split in images.values() for row in split}
+    assert len(together) == 1797  # nothing is in both
+
+
+def test_a_subset_is_random_and_repeatable():
+    first = load_image_dataset("digits", max_train_samples=100, max_eval_samples=10)
+    again = load_image_dataset("digits", max_train_samples=100, max_eval_samples=10)
+    assert (len(first["train"]), len(first["eval"])) == (100, 10)
+    assert first["train"]["label"][:] == again["train"]["label"][:]
+    assert len(set(first["train"]["label"])) == 10
+
+
+@pytest.fixture
+def picture():
+    def encode(color=(200, 30, 60), size=(20, 12), format="PNG"):
+        buffer = io.BytesIO()
+        Image.new("RGB", size, color).save(buffer, format)
+        return buffer.getvalue()
+
+    return encode
+
+
+def test_a_folder_of_classes_is_a_set(tmp_path, picture):
+    for split, count in (("train", 4), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                (tmp_path / split / name / f"{number}.png").write_bytes(picture((number, 0, 0)))
+    images = load_image_dataset(str(tmp_path))
+    assert (len(images["train"]), len(images["eval"])) == (8, 4)
+    assert images["train"].features["label"].names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "names", [("train.parquet", "test.parquet"), ("train-00000-of-00001.parquet", "test/0000.parquet")]
+)
+def test_parquet_files_are_a_set(tmp_path, picture, names):
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    for name, count in zip(names, (6, 4), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        rows = {"img": [{"bytes": picture(), "path": None}] * count, "label": [0, 1] * (count // 2)}
+        datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / name))
+    images = load_image_dataset(str(tmp_path))
+    assert (len(images["train"]), len(images["eval"])) == (6, 4)
+    assert images["train"].column_names == ["image", "label"]
+
+
+def test_integer_labels_get_names(tmp_path, picture):
+    for split in ("train", "test"):
+        rows = {"picture": [{"bytes": picture(), "path": None}] * 3, "kind": [7, 9, 7]}
+        features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / f"{split}.parquet"))
+    images = load_image_dataset(str(tmp_path), label_column="kind")
+    assert images["train"].features["label"].names == ["7", "9"]
+    assert images["train"]["label"][:] == [0, 1, 0]
+
+
+def test_a_directory_without_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no images found in .*expected parquet files such as train.parquet"):
+        load_image_dataset(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("nothing to see")
+    with pytest.raises(ValueError, match="no images found"):
+        load_image_dataset(str(tmp_path))
+
+
+def test_a_name_that_is_nothing_is_refused():
+    with pytest.raises(ValueError, match="'nobody/nothing' could not be loaded.*Give the path of a directory"):
+        load_image_dataset("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"image_column": "picture"}, "no column 'picture': 'digits' has the columns image, label; set image_column"),
+        ({"label_column": "kind"}, "no column 'kind'"),
+        (
+            {"train_split": "training"},
+            "'digits' has no split 'training'; it has train, test: choose one with train_split",
+        ),
+        ({"max_eval_samples": 0}, "max_eval_samples is 0"),
+        ({"splits": ("test",)}, "splits is .'test',.; expected 'train', 'eval' or both"),
+    ],
+)
+def test_bad_arguments_are_refused_with_what_there_is(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset("digits", **arguments)
+
+
+def test_cifar10_loads_from_parquet(shared_data):
+    images = load_image_dataset(str(shared_data / "cifar10"), max_eval_samples=100)
+    assert len(images["train"]) == 50_000 and images["train"].features["label"].names[3] == "cat"
+    assert decode_image(images["eval"][0]["image"]).shape == (32, 32, 3)
+
+
+# --- labels ------------------------------------------------------------------------------------------------------
+
+
+def write_parquet(directory, picture, labels, **more):
+    """`labels` is `{split: values}`; the type of the column is inferred."""
+    directory.mkdir(exist_ok=True)
+    for split, values in labels.items():
+        columns = {"image": [{"bytes": picture(), "path": None}] * len(values), "label": values}
+        rows = datasets.Dataset.from_dict(columns | {name: [value] * len(values) for name, value in more.items()})
+        rows.cast_column("image", datasets.Image()).to_parquet(str(directory / f"{split}.parquet"))
+    return str(directory)
+
+
+@pytest.mark.parametrize("kind", (int, str))
+def test_numbers_as_labels_keep_their_order(tmp_path, picture, kind):
+    values = [kind(value) for value in (10, 2, 0, 10)]
+    images = load_image_dataset(write_parquet(tmp_path, picture, {"train": values, "test": values}))
+    assert images["train"].features["label"].names == ["0", "2", "10"]  # sorted as words: 0, 10, 2
+    assert images["train"]["label"][:] == images["eval"]["label"][:] == [2, 1, 0, 2]
+
+
+def test_both_splits_have_the_classes_of_the_training_images(tmp_path, picture):
+    path = write_parquet(tmp_path, picture, {"train": ["cat", "dog", "ant"], "test": ["dog", "cat"]})
+    names = ["ant", "cat", "dog"]
+    for splits in (("train", "eval"), ("eval",)):
+        images = load_image_dataset(path, splits=splits)
+        assert list(images) == list(splits)
+        assert images["eval"].features["label"].names == names
+        assert images["eval"]["label"][:] == [2, 1]
+
+
+def test_a_class_nobody_trains_on_is_refused(tmp_path, picture):
+    path = write_parquet(tmp_path, picture, {"train": [0, 1], "test": [0, 1, 5, 7]})
+    with pytest.raises(ValueError, match="test has 2 classes that the training images don't have, such as 5, 7"):
+        load_image_dataset(path)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [([0, None], "has images without a label in train"), ([0.5, 1.5], "labels are of the type float")],
+)
+def test_labels_that_are_none_are_refused(tmp_path, picture, labels, message):
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset(write_parquet(tmp_path, picture, {"train": labels, "test": labels}))
+
+
+def test_a_registered_set_has_all_its_classes_whatever_is_seen(tmp_path, picture):
+    path = write_parquet(tmp_path, picture, {"train": [9, 2], "test": [3]})
+    images = load_image_dataset("fashion-mnist", data_dir=path)
+    assert images["train"]["label"][:] == [9, 2] and images["eval"]["label"][:] == [3]
+    assert images["eval"].features["label"].names[9] == "Ankle boot"
+    images = load_image_dataset("cars", data_dir=path)
+    assert images["eval"].features["label"].names == [str(i) for i in range(196)]
+
+
+def test_labelling_does_not_write_the_images_again(tmp_path, picture):
+    path = write_parquet(tmp_path, picture, {"train": [3, 1], "test": [1]})
+    images = load_image_dataset(path)
+    loaded = datasets.load_dataset("parquet", data_files={"train": [f"{path}/train.parquet"]}, split="train")
+    assert images["train"].cache_files == loaded.cache_files != []  # what datasets made of the parquet file, no more
+
+
+# --- directories -------------------------------------------------------------------------------------------------
+
+
+def write_tar(path, samples):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in samples.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("label", ("cls", "json", "both"))
+def test_tar_shards_are_a_set(tmp_path, picture, label):
+    number = 0
+    for split, shards in (("train", 2), ("validation", 1)):
+        for shard in range(shards):
+            samples = {}
+            for _ in range(6):
+                samples[f"{number:04d}.JPEG"] = picture((number, 0, 0))
+                if label != "json":
+                    samples[f"{number:04d}.cls"] = str(number % 12).encode()
+                if label != "cls":
+                    samples[f"{number:04d}.json"] = json.dumps({"label": number % 12, "width": 20}).encode()
+                number += 1
+            write_tar(tmp_path / "shards" / f"set-{split}-{shard:04d}.tar", samples)
+    images = load_image_dataset(str(tmp_path))
+    assert (len(images["train"]), len(images["eval"])) == (12, 6)
+    assert images["train"].features["label"].names == [str(i) for i in range(12)]
+    assert images["train"]["label"][:] == list(range(12)) and images["eval"]["label"][:] == list(range(6))
+    assert decode_image(images["eval"][1]["image"])[0, 0, 0] == 13
+
+
+def test_image_files_are_read_where_they_are(tmp_path, picture):
+    for name in ("train/a/1.png", "train/b/2.PNG", "val/b/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture())
+    images = load_image_dataset(str(tmp_path))
+    assert [row["image"] for row in images["train"]] == [
+        {"bytes": None, "path": str(tmp_path / "train" / name)} for name in ("a/1.png", "b/2.PNG")
+    ]
+    assert not images["train"].cache_files
+    assert images["eval"]["label"][:] == [1] and images["eval"].features["label"].names == ["a", "b"]
+
+
+def test_images_beside_a_leftover_archive_are_found(tmp_path, picture):
+    for name in ("train/a/1.png", "val/a/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(picture())
+    (tmp_path / "train.tar").write_bytes(b"half a download")
+    assert len(load_image_dataset(str(tmp_path))["train"]) == 1
+
+
+# --- registered sets ---------------------------------------------------------------------------------------------
+
+
+def test_flowers_train_on_what_is_not_held_out(tmp_path, picture):
+    path = write_parquet(tmp_path, picture, {"train": [0, 1], "validation": [2], "test": [3, 4, 5]})
+
+    def sizes(**splits):
+        return [len(rows) for rows in load_image_dataset("flowers102", data_dir=path, **splits).values()]
+
+    assert sizes() == [3, 3]  # train+validation, as Table 6
+    assert sizes(eval_split="validation") == [2, 1]
+    assert sizes(train_split="train") == [2, 3]
+    assert sizes(train_split="train+test", eval_split="validation") == [5, 1]
+
+
+def test_the_copy_may_name_its_splits_as_it_likes(tmp_path, picture):
+    path = write_parquet(tmp_path, picture, {"train": [0, 1], "val": [1]})
+    images = load_image_dataset("imagenet-1k", data_dir=path)
+    assert len(images["eval"]) == len(load_image_dataset(path, eval_split="validation", splits=["eval"])["eval"]) == 1
+
+
+def test_columns_of_the_registry_need_no_naming(tmp_path, picture):
+    path = write_parquet(tmp_path / "a", picture, {"train": [0], "test": [1]}, fine_label=7)
+    images = load_image_dataset("cifar100", data_dir=path)
+    assert images["train"]["label"][:] == [7] and images["train"].features["label"].num_classes == 100
+
+
+def test_a_size_that_disagrees_is_one_warning(tmp_path, picture, caplog, monkeypatch):
+    def warnings(**options):
+        caplog.clear()
+        load_image_dataset("inat19", data_dir=path, **options)
+        return [record.getMessage() for record in caplog.records]
+
+    path = write_parquet(tmp_path, picture, {"train": [0, 1, 2], "validation": [1, 1]})
+    (message,) = warnings(max_train_samples=1)
+    assert "inat19: 3 images in train, expected 265,240 and 2 images in eval, expected 3,003" in message
+    entry = REGISTRY["inat19"]
+    monkeypatch.setitem(REGISTRY, "inat19", replace(entry, train_size=3, eval_size=2))
+    assert warnings(max_eval_samples=1) == []
+    monkeypatch.setitem(REGISTRY, "inat19", replace(entry, released_sizes=(3, 2)))  # the competition's own files
+    assert warnings() == []
+    monkeypatch.setitem(REGISTRY, "inat19", replace(entry, eval_size=2))
+    (message,) = warnings()
+    assert "train" in message and "eval" not in message
+    assert warnings(train_split="train") == []  # whoever names a split means it
+
+
+@pytest.mark.parametrize("name", ("imagenet-v2", "imagenet-real"))
+def test_an_evaluation_set_is_not_trained_on(name):
+    with pytest.raises(ValueError, match=f"'{name}' is only for evaluation, .*train on 'imagenet-1k', or .*'eval',"):
+        load_image_dataset(name)
+
+
+def test_a_gated_set_says_where_to_accept_its_terms():
+    with pytest.raises(ValueError) as error:
+        load_image_dataset("imagenet-1k")
+    for part in ("https://huggingface.co/datasets/ILSVRC/imagenet-1k", "`hf auth login`", "data_dir", "train/<wnid>/"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_gated_set_nobody_registered_says_so_too(monkeypatch):
+    def refuse(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'some/body' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        ValueError, match="accept the terms at https://huggingface.co/datasets/some/body and run `hf auth"
+    ):
+        load_image_dataset("some/body")
+
+
+@pytest.mark.parametrize("name", [name for name, entry in REGISTRY.items() if not entry.hub_id and name != "digits"])
+def test_a_set_without_a_copy_on_the_hub_says_what_to_get_from_where(name):
+    with pytest.raises(ValueError) as error:
+        load_image_dataset(name, splits=("eval",))
+    for part in ("from a directory only", REGISTRY[name].layout.description, REGISTRY[name].page):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("nobody/nothing", {"data_dir": "."}, "data_dir says where a registered set lies .*the name is the directory"),
+        ("cifar10", {"data_dir": "no/where"}, "data_dir 'no/where' is no directory"),
+        ("cifar10", {"category_level": "genus"}, "category_level is for inat18 and inat19; 'cifar10' has one level"),
+        (
+            "inat18",
+            {"category_level": "genus", "data_dir": "{}"},
+            "category_level needs the official files .*train2018",
+        ),
+        ("flowers102", {"data_dir": "{}"}, "no images found .*, or the official layout: jpg/image_00001.jpg"),
+    ],
+)
+def test_a_directory_that_does_not_fit_is_refused(tmp_path, name, arguments, message):
+    arguments = {key: value.format(tmp_path) for key, value in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset(name, **arguments)
+
+
+def test_class_names_that_differ_between_the_splits_are_refused(tmp_path, picture):
+    for split, names in (("train", ["a", "b"]), ("test", ["b", "a"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": picture(), "path": None}], "label": [0]}, features)
+        rows.to_parquet(str(tmp_path / f"{split}.parquet"))
+    with pytest.raises(ValueError, match="the classes of train .2. and test .2. differ; both need the same"):
+        load_image_dataset(str(tmp_path))
+
+
+# Streams
+
+
+def parquet_set(folder, picture, labels, feature):
+    """train in two files and test in one; the images are told apart by their colour."""
+    features = datasets.Features({"photo": datasets.Image(), "label": feature})
+    for name, rows in (("train-00000", labels[:3]), ("train-00001", labels[3:]), ("test", labels)):
+        images = [{"bytes": picture((number, 0, len(name))), "path": None} for number in range(len(rows))]
+        datasets.Dataset.from_dict({"photo": images, "label": rows}, features).to_parquet(
+            str(folder / f"{name}.parquet")
+        )
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [
+        ([0, 1, 1, 0, 1], datasets.ClassLabel(names=["cat", "dog"])),
+        ([10, 2, 2, 10, 7], datasets.Value("int64")),
+        (["dog", "cat", "dog", "dog", "cat"], datasets.Value("string")),
+    ],
+    ids=["named", "numbers", "words"],
+)
+def test_a_streamed_directory_is_the_loaded_one(tmp_path, picture, labels, feature):
+    parquet_set(tmp_path, picture, labels, feature)
+    loaded, streamed = (load_image_dataset(str(tmp_path), streaming=streaming) for streaming in (False, True))
+    assert type(streamed["train"]).__name__ == "StreamedImages" and list(streamed) == ["train", "eval"]
+    for part in ("train", "eval"):
+        assert list(streamed[part]) == list(loaded[part])
+        assert streamed[part].features["label"].names == loaded[part].features["label"].names
+    cut = load_image_dataset(str(tmp_path), streaming=True, max_train_samples=4, max_eval_samples=2)
+    assert (len(cut["train"]), len(cut["eval"])) == (4, 2)
+    assert [cut["train"][index] for index in range(4)] == [loaded["train"][index] for index in range(4)]
+
+
+def test_streamed_labels_without_names_need_the_evaluation_images(tmp_path, picture):
+    parquet_set(tmp_path, picture, ["a", "b", "a", "b", "a"], datasets.Value("string"))
+    with pytest.raises(ValueError, match="labels of the streamed files have no names.*load both splits"):
+        load_image_dataset(str(tmp_path), streaming=True, splits=("train",))
+
+
+def test_image_files_are_read_where_they_are_streamed_or_not(tmp_path, picture):
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "cat" / "1.png").write_bytes(picture())
+    images = load_image_dataset(str(tmp_path), streaming=True)
+    assert images["train"][0]["image"] == {"bytes": None, "path": str(tmp_path / "train" / "cat" / "1.png")}
+
+
+def test_tar_shards_cannot_be_streamed(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}-0000.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds tar shards.*only parquet files are streamed"):
+        load_image_dataset(str(tmp_path), streaming=True)
+
+
+def test_a_missing_shard_is_one_warning(tmp_path, caplog):
+    rows = datasets.Dataset.from_dict(
+        {"image": [Image.new("RGB", (8, 8), (10 * n, 0, 0)) for n in range(2)], "label": [0, 1]},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(2)}),
+    )
+    for name in ("train-00000-of-00003", "train-00002-of-00003", "test-00000-of-00001"):
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    images = load_image_dataset(str(tmp_path))
+    assert len(images["train"]) == 4
+    (warning,) = (record.getMessage() for record in caplog.records if "missing" in record.getMessage())
+    assert warning.startswith("1 of 3 files are missing, such as ") and "train-00001-of-00003.parquet" in warning

@@ -1,0 +1,310 @@
+"""Classifiers: every form of spec, what is known of pixels and classes, and what is refused."""
+
+import argparse
+import json
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from support.classifiers import ID2LABEL, NAMES, OWN_MEAN, OWN_STD, save_vit
+from torch import nn
+from transformers import (
+    AutoModelForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTImageProcessorPil,
+)
+
+from hf_deit.models.classifiers import class_order, find_classifier, logits_of, new_classifier
+
+
+NEW = {"id2label": ID2LABEL, "mean": OWN_MEAN, "std": OWN_STD, "image_size": 24}
+TINY_RESNET = {"channels": (8, 8, 8, 8), "stem_width": 8}
+
+
+@pytest.fixture
+def image():
+    """Values in [0, 1]."""
+    return torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+def normalised(image, mean, std):
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (image - mean) / std
+
+
+@torch.no_grad()
+def assert_answers(spec, image, expected):
+    """What is found gives these logits for the image, normalised as it is found to want it."""
+    found = find_classifier(spec)
+    assert found.name == str(spec)
+    logits = logits_of(found.model.eval()(normalised(image, found.mean, found.std)))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    return found
+
+
+def save_timm_wrapper(path, **changes):
+    model = new_classifier("timm:resnet10t", model_args=TINY_RESNET, **NEW | changes).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+    model.save_pretrained(path)
+    return model
+
+
+class Named:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda x: x, lambda x: (x, "features"), lambda x: {"logits": x}, Named],
+    ids=["tensor", "tuple", "dict", "attribute"],
+)
+def test_every_form_of_output_is_read(wrap):
+    logits = torch.randn(2, 4)
+    assert logits_of(wrap(logits)) is logits
+    assert logits_of(wrap("no tensor")) is None
+
+
+def test_imagenet_names_match_in_each_of_their_spellings():
+    info = timm.data.ImageNetInfo()
+    wordnet, full = info.label_names(), info.label_descriptions()
+    first = [name.split(",")[0].replace(" ", "_") for name in full]
+    assert len(set(first)) < 1000  # two cranes: no permutation could tell them apart
+    for wanted in (wordnet, full, first):
+        for own in (wordnet, full, first):
+            assert class_order(own, wanted) == list(range(1000))
+    assert class_order(first[::-1], wordnet) is None
+
+
+# --- directories -------------------------------------------------------------------------------------------------
+
+
+def test_a_new_timm_classifier_saves_a_directory_that_is_found_again(tmp_path, image):
+    model = save_timm_wrapper(tmp_path, id2label={0: "dog", 1: "cat", 2: "emu", 3: "fox"})
+    with torch.no_grad():
+        expected = model.timm_model(normalised(image, OWN_MEAN, OWN_STD))
+    found = assert_answers(tmp_path, image, expected)
+    assert found.names == ["dog", "cat", "emu", "fox"] and found.image_size == (24, 24) and not found.fixed_size
+    assert found.model.config.id2label[0] == "dog"
+
+
+def test_a_new_timm_classifier_starts_from_timms_own_initialisation():
+    wrapper = new_classifier("timm:resnet10t", **NEW).timm_model
+    plain = timm.create_model("resnet10t", num_classes=4)
+    stock = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet10t", num_labels=4)).timm_model
+    for name in ("conv1.0.weight", "layer2.0.conv1.weight"):
+        ours, timms, stocks = (model.get_parameter(name).std().item() for model in (wrapper, plain, stock))
+        assert ours == pytest.approx(timms, rel=0.1) and stocks < 0.5 * timms
+    assert wrapper.layer1[0].bn2.weight.abs().max() == 0 and stock.layer1[0].bn2.weight.min() == 1
+
+
+def test_fine_tuning_to_new_classes_saves_their_names(tmp_path):
+    save_timm_wrapper(tmp_path / "old")
+    names = {0: "ant", 1: "bee"}
+    model = new_classifier(str(tmp_path / "old"), **NEW | {"id2label": names, "image_size": 32})
+    old = load_file(tmp_path / "old" / "model.safetensors")
+    assert torch.equal(model.timm_model.conv1[0].weight, old["timm_model.conv1.0.weight"])
+    model.save_pretrained(tmp_path / "new")
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "new").config.id2label == names
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["pretrained_cfg"]["mean"] == list(OWN_MEAN)
+    assert find_classifier(tmp_path / "new").names == ["ant", "bee"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        ({"image_mean": OWN_MEAN, "image_std": OWN_STD}, OWN_MEAN, OWN_STD),
+        ({"do_normalize": False}, (0.0,) * 3, (1.0,) * 3),
+        ({"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3}, (0.5,) * 3, (0.5,) * 3),
+    ],
+)
+def test_the_processor_beside_a_transformers_model_says_what_it_wants(tmp_path, image, settings, mean, std):
+    model = save_vit(tmp_path, image_size=24)
+    ViTImageProcessorPil(**settings).save_pretrained(tmp_path)
+    with torch.no_grad():
+        found = assert_answers(tmp_path, image, model(normalised(image, mean, std)).logits)
+    assert found.image_size == (24, 24) and found.names == NAMES
+
+
+def test_without_a_processor_the_pixels_of_a_model_are_not_known(tmp_path, caplog):
+    save_vit(tmp_path)
+    found = find_classifier(tmp_path)
+    assert found.mean is None and found.std is None and found.crop_ratio is None
+    assert "no preprocessor_config.json" in caplog.text
+
+
+def test_half_precision_checkpoints_are_read_in_float32(tmp_path):
+    save_vit(tmp_path).half().save_pretrained(tmp_path)
+    assert find_classifier(tmp_path).model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("change", ["missing", "mismatched"])
+def test_a_freshly_initialised_head_is_refused(tmp_path, change):
+    save_vit(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if change == "missing":
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("classifier")}
+    else:
+        weights["classifier.weight"], weights["classifier.bias"] = torch.zeros(7, 8), torch.zeros(7)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = r"untrained weights: classifier\.bias, classifier\.weight are not in its checkpoint.*run_teacher\.py"
+    with pytest.raises(ValueError, match=message):
+        find_classifier(tmp_path)
+
+
+def test_a_backbone_without_a_head_is_refused(tmp_path):
+    save_vit(tmp_path).vit.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="untrained weights: classifier"):
+        find_classifier(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda path: path / "nowhere", "nowhere' does not exist"),
+        (lambda path: path, "has no config.json"),
+        (lambda path: (path / "w.pth").write_bytes(b"x") and path / "w.pth", r"is a file: .*timm:<name>\?checkpoint="),
+    ],
+)
+def test_an_unreadable_path_is_one_clear_line(tmp_path, make, got):
+    with pytest.raises(ValueError, match=got) as caught:
+        find_classifier(str(make(tmp_path)))
+    assert "python:<module>:<factory>, or an nn.Module" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"junk" * 100, None])
+def test_corrupt_or_absent_weights_are_one_clear_line(tmp_path, content):
+    save_vit(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    if content:
+        (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot load model") as caught:
+        find_classifier(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unknown_hub_id_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="cannot load model 'nobody/nothing'") as caught:
+        find_classifier("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+# --- timm: -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_timm():
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    model.get_classifier().weight.data.normal_()
+    return model
+
+
+@pytest.mark.parametrize("form", ["safetensors", "plain", "authors", "timm", "prefixed"])
+def test_a_timm_checkpoint_is_loaded_from_every_form_of_file(tmp_path, image, small_timm, form):
+    weights = small_timm.state_dict()
+    file = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
+    if form == "safetensors":
+        save_file(weights, file)
+    else:
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+        content = {
+            "plain": weights,
+            "authors": {"model": weights},
+            "timm": {"args": argparse.Namespace(lr=1), "epoch": 3, "state_dict": zeros, "state_dict_ema": weights},
+            "prefixed": {"module." + name: tensor for name, tensor in weights.items()},
+        }[form]
+        torch.save(content, file)
+    cfg = small_timm.pretrained_cfg
+    with torch.no_grad():
+        expected = small_timm(normalised(image, cfg["mean"], cfg["std"]))
+    assert_answers(f"timm:test_resnet?checkpoint={file}", image, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("conv1.0.weight") is None, r"1 missing: conv1\.0\.weight$"),
+        (lambda w: w.update(extra=torch.zeros(1)), "1 unexpected: extra$"),
+        (lambda w: w.update({"fc.bias": torch.zeros(1, 1)}), r"of another shape: fc\.bias \(1, 1\) instead of \(4,\)"),
+    ],
+)
+def test_a_timm_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, small_timm, change, message):
+    weights = small_timm.state_dict()
+    change(weights)
+    torch.save(weights, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=message):
+        find_classifier(f"timm:test_resnet?checkpoint={tmp_path / 'w.pth'}")
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda content, file: file.write_bytes(pickle.dumps(content))])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, save):
+    file, trace = tmp_path / "w.pth", tmp_path / "it_ran"
+    save({"state_dict": Bomb(trace)}, file)
+    with pytest.raises(ValueError, match="holds more than weights. Only .* plain values, are read") as caught:
+        find_classifier(f"timm:resnet18?checkpoint={file}")
+    assert not trace.exists() and "\n" not in str(caught.value)
+
+
+def test_a_directory_of_pickled_weights_is_refused_even_when_they_are_good(tmp_path):
+    model = save_vit(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot load model .* no file named model\.safetensors"):
+        find_classifier(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("timm:resnet18?weights=x", r"expected timm:<name>\?checkpoint=<file>, got 'weights=x'"),
+        ("timm:resnet18?checkpoint=nowhere.pth", "checkpoint 'nowhere.pth' does not exist"),
+        ("timm:resnet1O1", "timm has no model 'resnet1O1'; close ones are .*resnet101"),
+        (7, "cannot read a model from a int"),
+        ("python:json", "expected python:<module>:<factory>"),
+        ("python:no_such_module_here:build", "No module named .* PYTHONPATH"),
+        ("python:json:no_such_factory", "no attribute 'no_such_factory'.* PYTHONPATH"),
+        ("python:builtins:dict", "returned a dict, expected an nn.Module"),
+    ],
+)
+def test_a_malformed_spec_is_refused(spec, message):
+    with pytest.raises(ValueError, match=message):
+        find_classifier(spec)
+
+
+def test_timm_weights_that_cannot_be_downloaded_name_the_local_forms(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network\nmore lines")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", offline)
+    with pytest.raises(ValueError, match=r"no network\. Without a network .* timm:test_resnet\?checkpoint=<file>"):
+        find_classifier("timm:test_resnet")
+
+
+def test_published_timm_weights_bring_imagenet_names(monkeypatch):
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *args, **kwargs: None)
+    found = find_classifier("timm:test_resnet")
+    assert found.names[0] == "tench, Tinca tinca" and len(found.names) == 1000
+
+
+def test_a_python_factory_is_called(tmp_path, monkeypatch):
+    (tmp_path / "a_module_of_my_own.py").write_text("import torch\ndef build():\n    return torch.nn.Linear(3, 2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = find_classifier("python:a_module_of_my_own:build")
+    assert (
+        isinstance(found.model, nn.Linear) and found.name == "python:a_module_of_my_own:build" and found.names is None
+    )

@@ -1,0 +1,279 @@
+"""From a run to the Hub and back, over HTTP: what goes up, what stays, and what a failure says."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from hf_deit.data.bad_images import FILE_NAME
+
+
+ROOT = Path(__file__).resolve().parents[2]
+UPLOADED = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+TEACHER = """
+    import torch
+
+    def make():
+        layer = torch.nn.Linear(768, 10)
+        layer.weight.data = torch.arange(7680.0).view(10, 768)
+        return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(16), torch.nn.Flatten(), layer)
+"""
+# Two steps on the digits; the network of the quickstart, smaller. JSON is YAML.
+RECIPE = {
+    **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8, "drop_path_rate": 0},
+    **{"dataset_name": "digits", "image_size": 16, "max_train_samples": 64, "max_eval_samples": 20, "max_steps": 2},
+    **{"per_device_train_batch_size": 16, "learning_rate": 1e-3, "auto_augment": "none", "random_erasing_prob": 0},
+    **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "use_cpu": True},
+    **{"dataloader_num_workers": 0, "disable_tqdm": True},
+}
+# The trainer of run_distill.py, held in the hand: `new(**overrides)`.
+PIECES = """
+    import run_distill, time
+    from hf_deit import DistillationTrainer
+    time.sleep = lambda seconds: None  # the client's patience between two attempts
+
+    class Caught(Exception): pass
+
+    def new(**overrides):
+        def keep(trainer):
+            raise Caught(trainer)
+        DistillationTrainer.train_and_save = keep
+        words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+        try:
+            run_distill.main([RECIPE, "--teacher", "python:small_teacher:make", *words])
+        except Caught as caught:
+            return caught.args[0]
+
+    def failure(action):
+        try:
+            action()
+        except ValueError as error:
+            return str(error)
+"""
+
+
+def environment(hub, folder: Path, token: str) -> dict[str, str]:
+    path = [str(folder), str(ROOT / "recipes"), str(ROOT / "src")]
+    return hub.environment | {"HF_TOKEN": token, "PYTHONPATH": ":".join(path)}
+
+
+class Client:
+    """A Python process as a client of the hub, told what to do line by line, so that the hub can change between."""
+
+    def __init__(self, hub, folder: Path, token: str):
+        loop = "import json, sys\nfor line in sys.stdin:\n    exec(json.loads(line), globals())\n"
+        loop += "    print('\\nanswer:' + json.dumps(globals().pop('answer', None)), flush=True)\n"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", loop],
+            cwd=folder,
+            env=environment(hub, folder, token),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(folder / "stderr.txt").open("w"),
+            text=True,
+        )
+        self.errors = folder / "stderr.txt"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+    def __call__(self, program: str):
+        """Runs statements; what they leave in `answer`, through JSON."""
+        self.process.stdin.write(json.dumps(textwrap.dedent(program)) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("answer:"):
+                return json.loads(line.removeprefix("answer:"))
+        raise AssertionError(self.errors.read_text())
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Where a client works: the recipe, its teacher's code and an image."""
+    (tmp_path / "small_teacher.py").write_text(textwrap.dedent(TEACHER))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.jpg")
+    return tmp_path
+
+
+def run(words: list, hub, folder: Path, token: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command, cwd=folder, env=environment(hub, folder, token), capture_output=True, text=True, timeout=300
+    )
+
+
+def usage_code(card: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return code
+
+
+def test_a_recipe_pushes_its_run_to_a_private_repository_which_loads_everywhere(hub, folder):
+    """`push_to_hub: true`, with checkpoints; then its card's code, Auto classes, revisions, and who may read."""
+    recipe = RECIPE | {"push_to_hub": True, "hub_private_repo": True, "hub_model_id": "user/tiny"}
+    recipe |= {"hub_strategy": "checkpoint", "output_dir": "outputs/run"}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    words = [ROOT / "recipes" / "run_distill.py", "recipe.yaml", "--hub_token", hub.token]
+    words += ["--teacher", "python:small_teacher:make"]  # code, so not in the recipe
+    done = run(words, hub, folder, "")
+    assert done.returncode == 0, done.stderr
+    repository = hub.repositories["model", "user/tiny"]
+    files = hub.files("model", "user/tiny")
+    local = folder / "outputs" / "run"
+    assert repository.private and files.keys() >= UPLOADED | {"report.png", "last-checkpoint/optimizer.pt"}
+    assert all(files[name] == (local / name).read_bytes() for name in UPLOADED)
+    teacher = np.arange(7680, dtype=np.float32)[:100].tobytes()
+    assert [name for name, content in files.items() if teacher in content or "teacher" in name] == []
+    assert [name for name, content in files.items() if hub.token.encode() in content] == []
+    first = next(commit for commit in repository.branches["main"] if "model.safetensors" in commit.files)
+    assert "step 1" in first.title and "in progress**: 1 of 2 steps" in first.files["README.md"].data.decode()
+
+    card = ModelCard(files["README.md"].decode())
+    results = json.loads((local / "all_results.json").read_text())
+    measured = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert measured["top-1 accuracy, both heads, fused"] == results["eval_top1"]
+    assert measured["top-5 accuracy, distillation head"] == results["eval_distillation_top5"]
+    assert f"top-1 {100 * results['teacher_top1']:.2f} % on the same images" in card.text
+    assert str(folder) not in str(card) and 'model="user/tiny"' in card.text and "20 held-out images" in card.text
+    assert "| max_steps | 2 | -1 |" in card.text and "| batch size | 16 | 1024 |" in card.text
+    assert "run_distill.py recipe.yaml --teacher python:small_teacher:make\n" in card.text
+
+    with Client(hub, folder, hub.token) as client:
+        reads = """
+            import contextlib, io, torch
+            from huggingface_hub import ModelCard
+            from transformers import AutoImageProcessor, AutoModelForImageClassification
+            ModelCard(CARD).validate()
+            def use(code):
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    exec(code, {})
+                return out.getvalue().strip()
+            model = AutoModelForImageClassification.from_pretrained("user/tiny")
+            pinned = AutoModelForImageClassification.from_pretrained("user/tiny", revision=REVISION)
+            answer = {"module": type(model).__module__, "label": use(CODE), "labels": model.config.id2label,
+                      "size": AutoImageProcessor.from_pretrained("user/tiny").crop_size["height"],
+                      "moved": float((model.cls_classifier.weight - pinned.cls_classifier.weight).abs().max())}
+        """
+        client(f"CARD, REVISION, CODE = {str(card)!r}, {first.id!r}, {usage_code(card.text)!r}")
+        stock = client(reads)
+        assert stock["module"].startswith("transformers.") and stock["size"] == 16
+        assert stock["moved"] > 0 and stock["label"] in set(stock["labels"].values()) == set("0123456789")
+        ours = client(
+            "CODE = CODE.replace('# import hf_deit', 'import hf_deit')\nimport hf_deit\n" + textwrap.dedent(reads)
+        )
+        assert ours["module"].startswith("hf_deit.") and ours["moved"] == stock["moved"]
+        assert ours["label"] in set("0123456789")
+        refused = client("""
+            answer = []
+            for token in (False, "hf_stranger"):
+                try:
+                    AutoModelForImageClassification.from_pretrained("user/tiny", token=token, force_download=True)
+                except OSError as error:
+                    answer.append(str(error))
+        """)
+        assert len(refused) == 2
+
+
+def test_a_push_fails_in_one_line_loses_nothing_and_succeeds_the_second_time(hub, folder):
+    hub.add_repo("model", "stranger/tiny", {"README.md": b"Not yours."})
+    with Client(hub, folder, hub.token) as client:
+        client(f"RECIPE = 'recipe.yaml'\n{textwrap.dedent(PIECES)}\ntrainer = new(output_dir='tiny')\ntrainer.train()")
+        push = "answer = failure(lambda: trainer.push_to_hub({}))"
+        safe = (
+            "The model is safe in tiny; upload it again: hf upload {} tiny . --exclude 'checkpoint-*' --exclude '_*'"
+        )
+
+        def weights():
+            return (folder / "tiny" / "model.safetensors").read_bytes()
+
+        # Nothing is there to begin with, so the first failure shows that the model is saved first of all.
+        message = client(push.format("token='hf_wrong'"))
+        assert "does not know the token" in message and "hf auth login" in message
+        assert message.endswith(safe.format("tiny")) and "\n" not in message
+        saved = weights()
+        hub.down = True
+        message = client(push.format(""))
+        assert "the connection failed" in message and message.endswith(safe.format("tiny")) and "\n" not in message
+        hub.down = False
+        assert ("model", "user/tiny") not in hub.repositories
+
+        # The connection breaks in the middle of the weights, more often than the client tries again.
+        hub.cut_upload_after(1000, "/store/", count=100)
+        message = client(push.format(""))
+        hub.cut_requests.clear()
+        assert "model.safetensors" not in hub.files("model", "user/tiny")
+        assert message.endswith(safe.format("user/tiny")) and "\n" not in message
+        command = shlex.split(message.split("again: ")[1])
+
+        # The list of damaged images names places on this machine.
+        (folder / "tiny" / FILE_NAME).write_text("index\tpath\treason\n3\t/home/me/3.jpg\tempty\n")
+
+        # Once is no failure. Then once more, as a new commit; the same again is none.
+        hub.cut_upload_after(1000, "/store/")
+        assert client(push.format("commit_message='First', license='mit'")) is None
+        commits = hub.repositories["model", "user/tiny"].branches["main"]
+        files = hub.files("model", "user/tiny")
+        assert commits[-1].title == "First" and files["model.safetensors"] == saved == weights()
+        assert "license: mit" in files["README.md"].decode()
+        assert not [name for name, content in files.items() if b"/home/me" in content]
+        assert files.keys() >= UPLOADED and not [name for name in files if "optimizer" in name or "check" in name]
+        client("trainer.model.cls_classifier.bias.data += 1")
+        assert client(push.format("commit_message='Second'")) is None
+        assert [commit.title for commit in commits[-2:]] == ["First", "Second"]
+        assert hub.files("model", "user/tiny")["model.safetensors"] == weights() != saved
+
+        # Accuracies of weights that have been trained further are not theirs.
+        assert "| both heads, fused |" in files["README.md"].decode()
+        client("trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))")
+        client("trainer.create_model_card()")
+        assert "These weights were not evaluated" in (folder / "tiny" / "README.md").read_text()
+
+        # The command that a failed push names does the same without the trainer.
+        del hub.repositories["model", "user/tiny"]
+        done = run([Path(sys.executable).with_name("hf"), *command[1:]], hub, folder, hub.token)
+        assert done.returncode == 0, done.stderr
+        assert hub.files("model", "user/tiny").keys() == files.keys()
+
+        message = client(push.format("license='nonsense'"))
+        assert '"license" must be one of' in message and "\n" not in message
+
+        # What the Hub would refuse at the end is refused before training.
+        message = client("answer = failure(lambda: new(push_to_hub=True, hub_model_id='stranger/tiny'))")
+        assert "'stranger/tiny'" in message and "somebody else's" in message and "Training has not begun" in message
+        message = client("answer = failure(lambda: new(push_to_hub=True, hub_model_id='not a name'))")
+        assert "'not a name'" in message and "\n" not in message
+        assert hub.files("model", "stranger/tiny") == {"README.md": b"Not yours."}
+
+        # Through the script it is one line, too.
+        message = client("""
+            from hf_deit import exit_clearly
+            words = [RECIPE, "--push_to_hub", "true", "--hub_token", "hf_wrong", "--output_dir", "new"]
+            try:
+                exit_clearly(lambda: run_distill.main(words))
+            except SystemExit as end:
+                answer = end.code
+        """)
+        assert message.startswith("error: cannot push to 'new' on the Hub: it does not know the token")
+
+        # The model alone, as any of Transformers.
+        client("trainer.model.push_to_hub('alone')")
+        assert hub.files("model", "user/alone").keys() == {"README.md", "config.json", "model.safetensors"}
+
+        # A background upload of a checkpoint that fails is told, and the training goes on.
+        hub.fail_next(100, 403, "user/late/commit")
+        client("trainer = new(output_dir='late', push_to_hub=True)\ntrainer.train()")
+        hub.failures.clear()
+        assert "checkpoint was not uploaded to user/late" in (folder / "stderr.txt").read_text()
