@@ -8,7 +8,7 @@ BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.hf_deit-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow style quality clean
+.PHONY: help install demo test test-slow style quality types clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ style: $(INSTALLED) ## format the code and fix what can be fixed
 quality: $(INSTALLED) ## what style would change or cannot fix
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## pyright over the modules that are clean of type errors
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean: ## remove caches and builds; environment and runs stay
 	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache

@@ -33,7 +33,7 @@ INSTALL = [
 ]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 TENSORBOARD = ["tensorboard"]
-DEV = [*EXPORT, *TENSORBOARD, "parameterized", "pytest", "pytest-xdist", "ruff"]
+DEV = [*EXPORT, *TENSORBOARD, "parameterized", "pyright[nodejs]", "pytest", "pytest-xdist", "ruff"]
 
 setup(
     name="hf_deit",
@@ -41,6 +41,22 @@ setup(
     description="A trainable DeiT for Hugging Face: train, distil, fine-tune, evaluate and publish.",
     long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
+    url="https://github.com/hf-deit/hf_deit",
+    project_urls={
+        "Source": "https://github.com/hf-deit/hf_deit",
+        "Issues": "https://github.com/hf-deit/hf_deit/issues",
+        "Changelog": "https://github.com/hf-deit/hf_deit/blob/main/CHANGELOG.md",
+    },
+    keywords=["deit", "vision-transformer", "knowledge-distillation", "image-classification", "transformers"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Intended Audience :: Developers",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",

@@ -31,16 +31,11 @@ from timm.data import auto_augment, create_transform
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 import hf_deit
-from hf_deit import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Mixing,
-    RepeatedAugmentationSampler,
-    TrainViews,
-    build_train_transform,
-    collate_views,
-    decode_image,
-)
+from hf_deit import Mixing, TrainViews, build_train_transform
+from hf_deit.augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD
+from hf_deit.data.decoding import decode_image
+from hf_deit.data.repeated_augmentation import RepeatedAugmentationSampler
+from hf_deit.data.views import collate_views
 
 
 POLICY = "rand-m9-mstd0.5-inc1"

@@ -19,12 +19,12 @@ import torch
 from peers import synchronize
 from transformers import TrainerCallback
 
-from hf_deit import describe_machine
+from hf_deit.paper.machine import describe_machine
 
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
-import run_distill  # noqa: E402
+from hf_deit.commands.distill import build_trainer  # noqa: E402
 
 
 WARM_UP = 10  # steps; the loader's workers start, and the first batches lie ready
@@ -56,7 +56,7 @@ def measure(recipe: Path, overrides: Sequence[str], steps: int) -> dict:
             "disable_tqdm": True,
         }
         keys = (word for name, value in fixed.items() for word in (f"--{name}", str(value)))
-        trainer = run_distill.build_trainer([str(recipe), *overrides, *keys])
+        trainer = build_trainer([str(recipe), *overrides, *keys], ROOT / "recipes", command=sys.argv)
         alone = views_alone(trainer, steps)
         times = StepTimes()
         trainer.add_callback(times)

@@ -43,7 +43,7 @@ from PIL import Image  # noqa: E402
 from survival import ROOT, SHORT, STUDENT, run_distill, run_teacher, words  # noqa: E402
 from transformers import AutoModelForImageClassification, TrainerCallback, trainer  # noqa: E402
 
-from hf_deit import exit_clearly  # noqa: E402
+from hf_deit.errors import run_script  # noqa: E402
 
 
 FOLDER = Path(HUB.home.name)  # of everything, removed at the end
@@ -98,7 +98,7 @@ class Run:
     def start(self) -> "Run":
         def main(arguments: list[str]) -> None:
             HUB.http.server_close()  # this process's share of it, which would keep the port open
-            exit_clearly(partial(self.main, arguments))
+            run_script(partial(self.main, arguments))
 
         self.said_before = self.log.stat().st_size
         self.process = survival.start(main, self.arguments, self.log)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from hf_deit import describe_machine
+from hf_deit.paper.machine import describe_machine
 
 
 ROOT = Path(__file__).resolve().parents[1]

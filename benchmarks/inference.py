@@ -16,7 +16,7 @@ import torch
 from peers import SIZES, Peer, autocast, compare, make_pixels, print_header, print_row
 from torch import Tensor
 
-from hf_deit import describe_machine
+from hf_deit.paper.machine import describe_machine
 
 
 FACTS = ("size", "batch")

@@ -29,7 +29,7 @@ from survival import ROOT, run_distill, words
 sys.path.insert(0, str(ROOT / "tests"))
 from support.hub_server import HubServer  # noqa: E402
 
-import hf_deit  # noqa: E402
+from hf_deit.training import distillation_trainer  # noqa: E402
 
 
 NAME = "user/pictures"
@@ -66,7 +66,7 @@ def write_digits(folder: Path, num_images: int) -> None:
             content.to_parquet(folder / f"{split}-{shard:05d}-of-{shards:05d}.parquet", batch_size=IMAGES_PER_BLOCK)
 
 
-class UntilTheFirstBatch(hf_deit.DistillationTrainer):
+class UntilTheFirstBatch(distillation_trainer.DistillationTrainer):
     """Ends the process with what was asked for: the time from `train` to the first batch."""
 
     answer: Path
@@ -87,7 +87,7 @@ def run_until_the_first_batch(arguments: list[str], answer: Path) -> None:
             os.dup2(log.fileno(), stream)
     torch.set_num_threads(1)
     UntilTheFirstBatch.answer = answer
-    hf_deit.DistillationTrainer = UntilTheFirstBatch
+    distillation_trainer.DistillationTrainer = UntilTheFirstBatch
     run_distill.main(arguments)
 
 

@@ -58,24 +58,21 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from hf_deit import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
     DistillationConfig,
     DistillationTrainer,
     Mixing,
-    RepeatedAugmentationSampler,
-    Teacher,
     TrainViews,
     build_train_transform,
-    collate_views,
-    describe_machine,
     distillation_loss,
     load_teacher,
-    resident_memory,
-    restart_resident_peak,
 )
+from hf_deit.augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD
+from hf_deit.data.repeated_augmentation import RepeatedAugmentationSampler
+from hf_deit.data.views import collate_views
+from hf_deit.paper.machine import describe_machine, resident_memory, restart_resident_peak
+from hf_deit.teachers.teacher import Teacher
 
 
 DROP_PATH = 0.1  # Table 9

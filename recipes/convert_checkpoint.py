@@ -8,17 +8,14 @@ import argparse
 from pathlib import Path
 
 from hf_deit import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     build_eval_transform,
     build_image_processor,
-    exit_clearly,
-    read_checkpoint,
-    read_class_names,
-    write_original,
 )
+from hf_deit.augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD
+from hf_deit.errors import run_script
+from hf_deit.models.checkpoint_conversion import read_checkpoint, read_class_names, write_original
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -76,4 +73,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_clearly(main)
+    run_script(main)

@@ -7,7 +7,9 @@ SRC is a directory or Hub id of a DeiT or ViT classifier with its image processo
 import argparse
 from pathlib import Path
 
-from hf_deit import exit_clearly, export_model, load_for_export
+from hf_deit import export_model
+from hf_deit.errors import run_script
+from hf_deit.models.export import load_for_export
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -29,4 +31,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_clearly(main)
+    run_script(main)

@@ -1,8 +1,8 @@
 """Evaluate classifiers: `accelerate launch recipes/run_eval.py [recipe.yaml] --models a,b --dataset_name cifar10`.
 
-Any of our, stock or timm checkpoints, head by head: a Markdown table on the screen and in `<output>.md`, everything in
-`<output>.json`. ImageNet's other labels: `--dataset_name imagenet-v2` and `imagenet-real`, each with its `--data_dir`.
-Without accelerate it runs in one process. `--help` lists the keys.
+Evaluates checkpoints of hf_deit, stock Transformers and timm, head by head. A Markdown table goes to the screen and
+to `<output>.md`, everything to `<output>.json`. ImageNet's other labels: `--dataset_name imagenet-v2` and
+`imagenet-real`, each with its `--data_dir`. Without accelerate it runs in one process. `--help` lists the keys.
 """
 
 import itertools
@@ -13,17 +13,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from hf_deit import (
-    EvaluationArguments,
-    evaluation_report,
-    evaluation_result,
-    evaluation_table,
-    exit_clearly,
-    load_classifier,
-    load_image_dataset,
-    parse_recipe,
-    predict,
-)
+from hf_deit import load_classifier, load_image_dataset, parse_recipe
+from hf_deit.errors import run_script
+from hf_deit.evaluation.predict import predict
+from hf_deit.evaluation.report import EvaluationArguments, evaluation_report, evaluation_result, evaluation_table
 
 
 KINDS = (EvaluationArguments,)
@@ -33,7 +26,7 @@ def main(argv: list[str] | None = None) -> dict:
     # 1. What to do
     (args,) = parse_recipe(KINDS, argv)
 
-    # 2. The images, and every model before the first is run: a wrong name ends the program here
+    # 2. Load the images, and every model before the first one runs: a wrong name ends the program here
     images = load_image_dataset(**args.loading(), splits=("eval",))["eval"]
     label = images.features["label"]
     names = getattr(label, "feature", label).names  # ReaL's labels are lists
@@ -69,4 +62,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    exit_clearly(main)
+    run_script(main)

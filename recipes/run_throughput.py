@@ -1,8 +1,8 @@
 """Tables 1 and 5, Figure 1: `python recipes/run_throughput.py [recipe.yaml] [--models table5] [--key value ...]`.
 
-Images per second, parameters, multiply-adds and peak memory of our models, stock Transformers', timm's and the paper's
-convnets, measured in turns; weights are random. Writes throughput.json, throughput.md and, where the paper has the
-accuracies of two or more of the models, tradeoff.png. For one core: `OMP_NUM_THREADS=1 taskset -c 1 python ...`.
+Measures images per second, parameters, multiply-adds and peak memory of our models, stock Transformers', timm's and
+the paper's convnets, which take turns; weights are random. Writes throughput.json, throughput.md and, if the paper has
+the accuracies of two or more of the models, tradeoff.png. For one core: `OMP_NUM_THREADS=1 taskset -c 1 python ...`.
 `--help` lists the keys.
 """
 
@@ -14,25 +14,15 @@ from pathlib import Path
 import transformers
 from torch import nn
 
-from hf_deit import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DeiTConfig,
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    ModelSpec,
-    ThroughputArguments,
-    describe_machine,
-    exit_clearly,
-    expand_models,
-    measure_throughput,
-    new_classifier,
-    parse_recipe,
-    plot_tradeoff,
-    throughput_rows,
-    throughput_table,
-    tradeoff_points,
-)
+from hf_deit import DeiTConfig, DeiTForImageClassification, DeiTForImageClassificationWithTeacher, parse_recipe
+from hf_deit.augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD
+from hf_deit.errors import UserError, run_script
+from hf_deit.models.classifiers import new_classifier
+from hf_deit.paper.machine import describe_machine
+from hf_deit.paper.tables import ModelSpec, expand_models
+from hf_deit.paper.throughput import ThroughputArguments, measure_throughput
+from hf_deit.paper.tradeoff import throughput_rows, throughput_table, tradeoff_points
+from hf_deit.plots.tables import plot_tradeoff
 
 
 KINDS = (ThroughputArguments,)
@@ -40,7 +30,7 @@ CLASSES = {number: str(number) for number in range(1000)}  # ImageNet's
 
 
 def build(spec: str) -> tuple[nn.Module, int]:
-    """The network, with random weights, and the side of its images."""
+    """A network with random weights, and the side of its images."""
     wanted = ModelSpec.parse(spec)
     if wanted.source == "timm":
         return build_timm(wanted.name, wanted.image_size)
@@ -55,7 +45,7 @@ def build(spec: str) -> tuple[nn.Module, int]:
 
 
 def build_stock(config: DeiTConfig) -> nn.Module:
-    """Transformers' own network. Its class for a plain DeiT is the ViT: its DeiT always has the second token."""
+    """Transformers' own network: for a plain DeiT its ViT, because its DeiT always has the distillation token."""
     names = ("hidden_size", "num_attention_heads", "intermediate_size", "image_size", "num_labels")
     fields = {name: getattr(config, name) for name in names}
     if config.use_distillation_token:
@@ -64,7 +54,7 @@ def build_stock(config: DeiTConfig) -> nn.Module:
 
 
 def build_timm(name: str, size: int | None) -> tuple[nn.Module, int]:
-    """timm's own module at the size wanted; without one at the architecture's own."""
+    """timm's own module at `size`, or at the architecture's own size if `size` is None."""
 
     def classifier(**model_args) -> nn.Module:
         pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": size or 224}
@@ -82,7 +72,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     (args,) = parse_recipe(KINDS, argv)
     specs = expand_models(args.models)
     if args.reference is not None and args.reference not in specs:
-        raise ValueError(f"reference is {args.reference!r}; it must be one of {', '.join(specs)}")
+        raise UserError(f"reference is {args.reference!r}; it must be one of {', '.join(specs)}")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_deit.paper.throughput").setLevel(logging.INFO)
     machine = describe_machine(args.device)
@@ -104,4 +94,4 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    exit_clearly(main)
+    run_script(main)

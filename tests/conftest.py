@@ -105,3 +105,13 @@ def import_script():
     sys.path.insert(0, folder)
     yield importlib.import_module
     sys.path.remove(folder)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text + f"\nuse_cpu: true\noutput_dir: {tmp_path}\n")
+        return str(path)
+
+    return write

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from support.recipes import SHORT, TINY
 
-from hf_deit import DeiTConfig, DeiTForImageClassificationWithTeacher, exit_clearly, new_classifier
+from hf_deit import DeiTConfig, DeiTForImageClassificationWithTeacher
+from hf_deit.errors import run_script
+from hf_deit.models.classifiers import new_classifier
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -79,7 +81,7 @@ def end_of(script, inputs, output_dir, arguments, first=()):
     options = SHORT | {"teacher": inputs / "teacher", "output_dir": output_dir}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     with pytest.raises(SystemExit) as end:
-        exit_clearly(lambda: script.main([*first, *words, *arguments]))
+        run_script(lambda: script.main([*first, *words, *arguments]))
     return str(end.value.code)
 
 
@@ -170,7 +172,7 @@ def bad(arguments, message):
         bad("--teacher python:json", "model 'python:json': expected python:<module>:<factory>"),
         bad(
             "--teacher {other_teacher}",
-            "teacher '{other_teacher}' answers with 3 classes (0, 1, 2), the student has 10 (0, 1, 2, ...). Fine-tu",
+            "teacher '{other_teacher}' has 3 classes (0, 1, 2), the student has 10 (0, 1, 2, ...). Fine-tu",
         ),
         bad("--distillation_type none", "the model has a distillation head, which would stay untrained: use DeiT"),
         # where it goes
@@ -218,7 +220,7 @@ def test_a_value_of_the_wrong_type_ends_with_its_option_and_status_2(script, inp
 
 
 def test_the_good_input_that_all_these_spoil_is_good(script, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_deit.training.distillation_trainer.plot_run", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_deit.training.run.plot_run", lambda *args, **kwargs: None)
     options = SHORT | {"teacher": inputs / "teacher", "output_dir": tmp_path, "model_name_or_path": inputs / "student"}
     script.main([str(word) for name, value in options.items() for word in (f"--{name}", value)])
     assert json.loads((tmp_path / "all_results.json").read_text())["eval_loss"] > 0

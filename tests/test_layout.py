@@ -20,10 +20,10 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "__init_
 SCRIPTS = sorted([*ROOT.glob("recipes/**/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 
 # A room imports itself, the front hall (the files of `src/hf_deit`) and the rooms before it; the hall imports itself.
-ROOMS = ("augmentation", "plots", "models", "data", "teachers", "evaluation", "training", "paper")
+ROOMS = ("augmentation", "plots", "models", "data", "teachers", "evaluation", "training", "paper", "commands")
 # The one file through which each heavy dependency comes in. (Benchmarks compare with peers, tests with references.)
 DOORS = {
-    "timm": "models/classifiers.py",
+    "timm": "models/",
     "albumentations": "augmentation/",
     "datasets": "data/loading.py",
     "evaluate": "evaluation/metrics.py",
@@ -35,17 +35,26 @@ REPOSITORY_TESTS = {
     *("bad_input", "security"),
 }
 
-# Modules whose tests stand with another's.
-TESTED_WITH: set[str] = set()
+# Modules whose tests stand with another's, and with which.
+TESTED_WITH = {
+    "durable.py": "training/checkpoints.py",
+    "teachers/fingerprint.py": "teachers/record.py",
+    "teachers/recording.py": "teachers/record.py",
+    "teachers/replaying.py": "teachers/record.py",
+}
 
 
-def imports(path: Path) -> set[str]:
+def imports(path: Path, with_types: bool = True) -> set[str]:
     """Every dotted name a file imports, wherever the statement stands, relative ones as `hf_deit....`.
 
-    So is `hf_deit.x` where it is used: it is imported then.
+    So is `hf_deit.x` where it is used: it is imported then. What stands under TYPE_CHECKING may be left out.
     """
-    names = set()
+    names, typed = set(), set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            typed |= {id(statement) for statement in node.body}
+        if id(node) in typed and not with_types:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -78,11 +87,16 @@ def room(path: Path) -> str:
     return parts[0] if len(parts) > 1 else ""
 
 
-def ours_imported_by(path: Path) -> set[str]:
+def modules() -> set[str]:
+    """Every module as its dotted name without `hf_deit.`."""
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in MODULES}
+
+
+def ours_imported_by(path: Path, with_types: bool = True) -> set[str]:
     """Modules of the package as dotted names without `hf_deit.`, names of modules only."""
-    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in MODULES}
-    names = {name.removeprefix("hf_deit.") for name in imports(path) if name.startswith("hf_deit.")}
-    return names & modules
+    return {
+        name.removeprefix("hf_deit.") for name in imports(path, with_types) if name.startswith("hf_deit.")
+    } & modules()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -95,8 +109,11 @@ def test_a_room_imports_only_the_front_hall_and_rooms_before_it(path):
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    """The one exception is by name: model classes and the Auto classes, which import late; see auto_classes.py."""
-    arrows = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): ours_imported_by(path) for path in MODULES}
+    """When they run: annotations may name each other. auto_classes.py imports the model late, by its name."""
+    arrows = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ours_imported_by(path, with_types=False)
+        for path in MODULES
+    }
     while free := [name for name, targets in arrows.items() if not targets & arrows.keys()]:
         for name in free:
             del arrows[name]
@@ -115,7 +132,11 @@ def test_rooms_are_small_and_the_front_hall_shows_at_one_glance():
 def test_scripts_use_public_names_only(path):
     ours = {name for name in imports(path) if name.split(".")[0] == "hf_deit"}
     public = {f"hf_deit.{name}" for name in hf_deit.__all__} | {"hf_deit", "hf_deit.__version__"}
+    public |= {f"hf_deit.{name}" for name in modules()}
     assert ours <= public, f"not public: {sorted(ours - public)}"
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_deit"):
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
 
 
 @pytest.mark.parametrize("dependency", DOORS)

@@ -20,11 +20,11 @@ from hf_deit import (
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
-    EvaluationArguments,
     build_eval_transform,
     build_image_processor,
     parse_recipe,
 )
+from hf_deit.evaluation.report import EvaluationArguments
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,37 +1,10 @@
 """recipe.py: YAML and command line meet, and what is refused."""
 
-import os
-import re
-import signal
-import subprocess
-import sys
-
 import pytest
-import torch
-from torch.utils.data import DataLoader
+from support.recipes import KINDS
 
-from hf_deit import (
-    DataArguments,
-    DistillationConfig,
-    ModelArguments,
-    TrainViews,
-    build_train_transform,
-    exit_clearly,
-    parse_recipe,
-)
-
-
-KINDS = (ModelArguments, DataArguments, DistillationConfig)
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    def write(text):
-        path = tmp_path / "recipe.yaml"
-        path.write_text(text + f"\nuse_cpu: true\noutput_dir: {tmp_path}\n")
-        return str(path)
-
-    return write
+from hf_deit import parse_recipe
+from hf_deit.errors import run_script
 
 
 def test_numbers_have_the_type_of_their_field(recipe):
@@ -100,73 +73,7 @@ def test_a_value_of_the_wrong_type_names_its_option(recipe, capsys):
     assert "--image_size" in capsys.readouterr().err
 
 
-def test_our_errors_are_one_line_and_bugs_keep_their_traceback(recipe):
-    def refused():
-        parse_recipe(KINDS, [recipe("xyzzy: 1")])
-
-    def broken():
-        int("a bug")
-
-    with pytest.raises(SystemExit, match="^error: recipe .*xyzzy"):
-        exit_clearly(refused)
-    with pytest.raises(ValueError, match="invalid literal"):
-        exit_clearly(broken)
-
-
 def test_what_transformers_refuses_is_one_line_too(recipe):
     path = recipe("eval_strategy: sometimes")
     with pytest.raises(SystemExit, match="^error: sometimes is not a valid IntervalStrategy"):
-        exit_clearly(lambda: parse_recipe(KINDS, [path]))
-
-
-def test_a_refusal_ends_the_process_with_a_status(recipe):
-    program = (
-        "import sys; from hf_deit import *\n"
-        "exit_clearly(lambda: parse_recipe((ModelArguments, DataArguments, DistillationConfig)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program, recipe("xyzzy: 1")], capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "xyzzy" in done.stderr
-
-
-class DamagedSet(torch.utils.data.Dataset):
-    """Views that only fail: in hf_deit, or in what it calls."""
-
-    def __init__(self, fails_in_hf_deit):
-        rows = [{"image": {"bytes": b"", "path": f"{index}.jpg"}, "label": 0} for index in range(4)]
-        self.views = TrainViews(rows, build_train_transform(16)) if fails_in_hf_deit else None
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return self.views[index] if self.views else int("no number")
-
-
-def test_a_refusal_in_a_loaders_worker_is_one_line_too():
-    with pytest.raises(SystemExit) as refusal:
-        exit_clearly(lambda: list(DataLoader(DamagedSet(True), num_workers=1)))
-    assert re.fullmatch(r"error: 4 training images in a row are damaged, [^\n]*", str(refusal.value.code))
-    with pytest.raises(ValueError, match="(?s)Original Traceback.*invalid literal"):
-        exit_clearly(lambda: list(DataLoader(DamagedSet(False), num_workers=1)))
-
-
-class KilledSet(torch.utils.data.Dataset):
-    """Its worker is killed, as by a machine without memory."""
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, index):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_what_the_machine_does_to_a_run_is_one_line_too():
-    def full():
-        raise RuntimeError("Error while serializing: No space left on device (os error 28)")
-
-    with pytest.raises(SystemExit, match=r"error: the disk is full \(Error .*\)\. Free some space\. Start the same"):
-        exit_clearly(full)
-    with pytest.raises(SystemExit, match=r"error: a loader worker died \(.*\)\. Usual causes: .* Start the same"):
-        exit_clearly(lambda: list(DataLoader(KilledSet(), num_workers=1)))
-    with pytest.raises(FileNotFoundError):
-        exit_clearly(lambda: open("not there"))
+        run_script(lambda: parse_recipe(KINDS, [path]))

@@ -18,7 +18,6 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from hf_deit import (
-    ClassifierArguments,
     DataArguments,
     DeiTConfig,
     DeiTForImageClassification,
@@ -26,13 +25,14 @@ from hf_deit import (
     DistillationConfig,
     DistillationTrainer,
     ModelArguments,
-    Sweep,
-    exit_clearly,
     load_teacher,
-    new_classifier,
     parse_recipe,
 )
+from hf_deit.arguments import ClassifierArguments
 from hf_deit.data.registry import REGISTRY
+from hf_deit.errors import run_script
+from hf_deit.models.classifiers import new_classifier
+from hf_deit.paper.sweep import Sweep
 from hf_deit.teachers.teacher import Teacher
 
 
@@ -73,7 +73,7 @@ def digits_teacher(scripts, tmp_path_factory):
 def quick(monkeypatch):
     """Without what makes many runs slow and says nothing about a recipe: the picture, and a look for garbage in
     all that was ever imported, which accelerate takes in each run."""
-    monkeypatch.setattr("hf_deit.training.distillation_trainer.plot_run", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_deit.training.run.plot_run", lambda *args, **kwargs: None)
     gc.freeze()
     yield
     gc.unfreeze()
@@ -139,11 +139,11 @@ def test_a_missing_teacher_is_trained_on_the_students_data_and_found_the_next_ti
     monkeypatch.chdir(tmp_path)
     trained_on = []
 
-    def train(model_args, data_args, training_args):
+    def train(model_args, data_args, training_args, command):
         trained_on.append(data_args.max_train_samples)
         shutil.copytree(digits_teacher, training_args.output_dir, dirs_exist_ok=True)
 
-    monkeypatch.setattr(scripts[1], "train", train)
+    monkeypatch.setattr("hf_deit.commands.teacher.train_teacher", train)
     Path("outputs/quickstart-teacher").mkdir(parents=True)  # a run that was cut off leaves its directory
     for _ in range(2):
         assert "teacher_top1" in scripts[0].main([*SHRUNK, "--output_dir", "run", "--max_train_samples", "500"])
@@ -194,7 +194,7 @@ def test_fine_tuning_with_labels_and_teacher_from_32_to_48_pixels_and_from_ten_c
     seen = set()
     answer = Teacher.forward
     monkeypatch.setattr(
-        Teacher, "forward", lambda self, pixels: seen.add(tuple(pixels.shape[1:])) or answer(self, pixels)
+        Teacher, "forward", lambda self, pixels, *ids: seen.add(tuple(pixels.shape[1:])) or answer(self, pixels)
     )
     words = ["--patch_size", "8", "--teacher", str(teacher), "--output_dir", str(end)]
     metrics = scripts[0].main([*target, *words, "--model_name_or_path", str(start), "--logging_steps", "1"])
@@ -241,7 +241,7 @@ def test_bad_input_ends_in_one_line(scripts, digits_teacher, tmp_path, arguments
     arguments = [argument.format(**fill) for argument in arguments]
     base = [*SHRUNK, "--teacher", str(digits_teacher), "--output_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit, match="^error: .*" + message.format(**fill)) as end:
-        exit_clearly(lambda: scripts[0].main([*base, *arguments]))
+        run_script(lambda: scripts[0].main([*base, *arguments]))
     assert "\n" not in str(end.value)
 
 
@@ -258,7 +258,7 @@ def test_a_teacher_with_other_classes_is_refused(scripts, tmp_path, tiny_images,
         str(tmp_path),
     ]
     with pytest.raises(SystemExit, match="^error: .*10 .*3 .*run_teacher.py"):
-        exit_clearly(lambda: scripts[0].main(arguments))
+        run_script(lambda: scripts[0].main(arguments))
 
 
 # --- every recipe, shrunk: data and sizes are replaced, all else stays as it is ---

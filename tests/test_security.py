@@ -31,14 +31,13 @@ from hf_deit import (
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
-    decode_image,
-    exit_clearly,
     load_image_dataset,
     load_teacher,
-    new_classifier,
-    plot_confusion,
 )
-from hf_deit.data.decoding import DamagedImage
+from hf_deit.data.decoding import DamagedImage, decode_image
+from hf_deit.errors import run_script
+from hf_deit.models.classifiers import new_classifier
+from hf_deit.plots.analysis import plot_confusion
 from hf_deit.training.checkpoints import (
     MANIFEST,
     checkpoint_to_resume,
@@ -94,13 +93,13 @@ def good(tmp_path_factory):
 @pytest.fixture
 def run(script, good, tmp_path, monkeypatch):
     """Runs run_distill.py in `tmp_path / "run"`; returns the message it ends with, or None where it finishes."""
-    monkeypatch.setattr("hf_deit.training.distillation_trainer.plot_run", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_deit.training.run.plot_run", lambda *args, **kwargs: None)
 
     def start(*arguments, first=()):
         options = SHORT | {"teacher": good / "teacher", "output_dir": tmp_path / "run"}
         words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
         try:
-            exit_clearly(lambda: script.main([*map(str, first), *words, *map(str, arguments)]))
+            run_script(lambda: script.main([*map(str, first), *words, *map(str, arguments)]))
         except SystemExit as end:
             return str(end.code)
 
@@ -343,7 +342,7 @@ def test_a_recipe_cannot_call_a_function(script, tmp_path, monkeypatch):
     keys = SHORT | {"teacher": "python:evil_factory:make", "dataset_name": "digits", "learning_rate": 1e-3}
     recipe.write_text(json.dumps(keys | {"image_size": 32, "output_dir": str(tmp_path / "run")}))
     with pytest.raises(SystemExit, match="error: recipe .*python:evil_factory:make.*command line"):
-        exit_clearly(lambda: script.main([str(recipe)]))
+        run_script(lambda: script.main([str(recipe)]))
     assert not (tmp_path / "ran").exists()
 
 

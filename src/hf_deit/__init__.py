@@ -1,102 +1,73 @@
 """hf_deit: train, distil and publish DeiT with 🤗 Transformers.
 
-The Auto classes know our models from here on, whenever they are imported. Every other module, and with it PyTorch and
-Transformers, is imported when one of its names is first used.
+From here on, the Auto classes know our models, whether they are imported before this package or after it. Every other
+module, and with it PyTorch and Transformers, is imported when one of its names is first used. What is not named here
+is public in its room: `hf_deit.evaluation.predict`, `hf_deit.paper.analysis`, `hf_deit.plots.tables`, ...
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from .models.auto_classes import register_when_imported
 
 
+if TYPE_CHECKING:  # for editors and type checkers, which cannot see through __getattr__
+    from .arguments import DataArguments as DataArguments
+    from .arguments import ModelArguments as ModelArguments
+    from .augmentation.mixing import Mixing as Mixing
+    from .augmentation.transforms import build_eval_transform as build_eval_transform
+    from .augmentation.transforms import build_train_transform as build_train_transform
+    from .data.loading import load_image_dataset as load_image_dataset
+    from .data.views import EvalViews as EvalViews
+    from .data.views import TrainViews as TrainViews
+    from .data.views import build_image_processor as build_image_processor
+    from .data.views import load_views as load_views
+    from .errors import UserError as UserError
+    from .evaluation.classifier import load_classifier as load_classifier
+    from .evaluation.metrics import Disagreement as Disagreement
+    from .evaluation.metrics import TopKAccuracy as TopKAccuracy
+    from .losses import distillation_loss as distillation_loss
+    from .losses import soft_target_cross_entropy as soft_target_cross_entropy
+    from .models.configuration_deit import DeiTConfig as DeiTConfig
+    from .models.export import export_model as export_model
+    from .models.modeling_deit import DeiTForImageClassification as DeiTForImageClassification
+    from .models.modeling_deit import DeiTForImageClassificationWithTeacher as DeiTForImageClassificationWithTeacher
+    from .models.modeling_deit import DeiTModel as DeiTModel
+    from .recipe import parse_recipe as parse_recipe
+    from .teachers.teacher import load_teacher as load_teacher
+    from .training.distillation_config import DistillationConfig as DistillationConfig
+    from .training.distillation_trainer import DistillationTrainer as DistillationTrainer
+
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "DataArguments": "arguments",
     "DeiTConfig": "models.configuration_deit",
-    "DeiTModel": "models.modeling_deit",
     "DeiTForImageClassification": "models.modeling_deit",
     "DeiTForImageClassificationWithTeacher": "models.modeling_deit",
-    "export_model": "models.export",
-    "load_for_export": "models.export",
-    "read_checkpoint": "models.checkpoint_conversion",
-    "read_class_names": "models.checkpoint_conversion",
-    "write_original": "models.checkpoint_conversion",
-    "load_pretrained": "models.classifiers",
+    "DeiTModel": "models.modeling_deit",
+    "Disagreement": "evaluation.metrics",
     "DistillationConfig": "training.distillation_config",
     "DistillationTrainer": "training.distillation_trainer",
-    "distillation_loss": "losses",
-    "soft_target_cross_entropy": "losses",
-    "new_classifier": "models.classifiers",
-    "Teacher": "teachers.teacher",
-    "load_teacher": "teachers.teacher",
     "EvalViews": "data.views",
-    "collate_views": "data.views",
-    "TrainViews": "data.views",
-    "build_image_processor": "data.views",
-    "load_image_dataset": "data.loading",
-    "decode_image": "data.decoding",
-    "IMAGENET_MEAN": "augmentation.transforms",
-    "IMAGENET_STD": "augmentation.transforms",
-    "build_eval_transform": "augmentation.transforms",
-    "build_train_transform": "augmentation.transforms",
     "Mixing": "augmentation.mixing",
-    "ClassifierArguments": "recipe",
-    "DataArguments": "recipe",
-    "ModelArguments": "recipe",
-    "exit_clearly": "recipe",
-    "parse_recipe": "recipe",
-    "RepeatedAugmentationSampler": "data.repeated_augmentation",
-    "Classifier": "evaluation.classifier",
-    "EvaluationArguments": "evaluation.classifier",
-    "Predictions": "evaluation.classifier",
-    "evaluation_report": "evaluation.classifier",
-    "evaluation_result": "evaluation.classifier",
-    "evaluation_table": "evaluation.classifier",
-    "load_classifier": "evaluation.classifier",
-    "predict": "evaluation.classifier",
-    "is_finished": "training.checkpoints",
-    "is_recorded": "teachers.record",
-    "Sweep": "paper.sweep",
-    "Disagreement": "evaluation.metrics",
-    "ReaLAccuracy": "evaluation.metrics",
+    "ModelArguments": "arguments",
     "TopKAccuracy": "evaluation.metrics",
-    "AnalysisArguments": "paper.analysis",
-    "agreement_by_class": "paper.analysis",
-    "as_deit": "paper.analysis",
-    "attention_maps": "paper.analysis",
-    "confusion": "paper.analysis",
-    "deciders_of": "paper.analysis",
-    "disagreement": "paper.analysis",
-    "disagreement_table": "paper.analysis",
-    "eval_pixels": "paper.analysis",
-    "ground_truth": "paper.analysis",
-    "patch_filters": "paper.analysis",
-    "position_similarity": "paper.analysis",
-    "short_names": "paper.analysis",
-    "spread_evenly": "paper.analysis",
-    "token_similarity": "paper.analysis",
-    "plot_attention": "plots.style",
-    "plot_attention_heads": "plots.style",
-    "plot_by_class": "plots.style",
-    "plot_confusion": "plots.style",
-    "plot_disagreement": "plots.style",
-    "plot_patch_filters": "plots.style",
-    "plot_position_similarity": "plots.style",
-    "plot_token_similarity": "plots.style",
-    "plot_table": "plots.style",
-    "plot_tradeoff": "plots.style",
-    "ModelSpec": "paper.tables",
-    "expand_models": "paper.tables",
-    "ThroughputArguments": "paper.throughput",
-    "describe_machine": "paper.throughput",
-    "measure_throughput": "paper.throughput",
-    "resident_memory": "paper.throughput",
-    "restart_resident_peak": "paper.throughput",
-    "throughput_rows": "paper.throughput",
-    "throughput_table": "paper.throughput",
-    "tradeoff_points": "paper.throughput",
+    "TrainViews": "data.views",
+    "UserError": "errors",
+    "build_eval_transform": "augmentation.transforms",
+    "build_image_processor": "data.views",
+    "build_train_transform": "augmentation.transforms",
+    "distillation_loss": "losses",
+    "export_model": "models.export",
+    "load_classifier": "evaluation.classifier",
+    "load_image_dataset": "data.loading",
+    "load_teacher": "teachers.teacher",
+    "load_views": "data.views",
+    "parse_recipe": "recipe",
+    "soft_target_cross_entropy": "losses",
 }
-__all__ = sorted(_MODULE_OF)
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 
 register_when_imported()
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import UserError
+
 
 DISTILLATION_TYPES = ("none", "soft", "hard", "label")
 KL_REDUCTIONS = ("batchmean", "numel")
@@ -37,7 +39,7 @@ def soft_target_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: 
         ValueError: if the two shapes differ.
     """
     if logits.shape != targets.shape:
-        raise ValueError(
+        raise UserError(
             f"soft targets have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}: use (batch, classes)"
         )
     return F.cross_entropy(logits.float(), targets.float(), label_smoothing=label_smoothing)
@@ -104,7 +106,7 @@ def distillation_loss(
     Source: eq. 2, eq. 3, section 4 and section 6 of the paper; facebookresearch/deit losses.py.
     """
     if distillation_type not in DISTILLATION_TYPES:
-        raise ValueError(f"distillation_type is {distillation_type!r}; choose one of {', '.join(DISTILLATION_TYPES)}")
+        raise UserError(f"distillation_type is {distillation_type!r}; choose one of {', '.join(DISTILLATION_TYPES)}")
     class_loss = _true_label_loss(class_logits, labels, label_smoothing)
     if distillation_type == "none":
         return {"loss": class_loss, "class_loss": class_loss}
@@ -114,17 +116,15 @@ def distillation_loss(
         taught_loss = _true_label_loss(taught_logits, labels, label_smoothing)
     else:
         if teacher_logits is None:
-            raise ValueError(
+            raise UserError(
                 f"distillation_type={distillation_type!r} needs teacher_logits; pass them, or use 'none' or 'label'"
             )
         are_decisions = teacher_logits.dim() == 1 and teacher_logits.dtype == torch.int64
         if are_decisions and distillation_type != "hard":
-            raise ValueError(
-                f"distillation_type={distillation_type!r} needs teacher_logits; got decisions, for 'hard'"
-            )
+            raise UserError(f"distillation_type={distillation_type!r} needs teacher_logits; got decisions, for 'hard'")
         expected = taught_logits.shape[:1] if are_decisions else taught_logits.shape
         if teacher_logits.shape != expected:
-            raise ValueError(
+            raise UserError(
                 f"teacher_logits are {tuple(teacher_logits.shape)}, the student's {tuple(taught_logits.shape)}; "
                 "teacher and student must see the same batch and know the same classes"
             )
@@ -135,7 +135,7 @@ def distillation_loss(
         elif kl_reduction in KL_REDUCTIONS:
             taught_loss = _soft_distillation(taught_logits, teacher_logits, temperature, kl_reduction)
         else:
-            raise ValueError(f"kl_reduction is {kl_reduction!r}; choose one of {', '.join(KL_REDUCTIONS)}")
+            raise UserError(f"kl_reduction is {kl_reduction!r}; choose one of {', '.join(KL_REDUCTIONS)}")
 
     if alpha is None:
         alpha = default_alpha(distillation_type)

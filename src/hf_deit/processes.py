@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+
+from .errors import UserError
 
 
 T = TypeVar("T")
@@ -18,13 +20,13 @@ def by_one_process(action: Callable[[], T]) -> T:
     Called by every rank.
 
     Raises:
-        ValueError: of the action, or a subclass of it, on every rank.
+        UserError: what the action raised, or a subclass of it, on every rank.
     """
-    answer = [None, None]
+    answer: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
             answer[0] = action()
-        except ValueError as error:
+        except UserError as error:
             answer[1] = error
     result, refusal = broadcast_object_list(answer)
     if refusal is not None:

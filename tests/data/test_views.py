@@ -11,7 +11,6 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from hf_deit import (
     EvalViews,
-    RepeatedAugmentationSampler,
     TrainViews,
     build_eval_transform,
     build_image_processor,
@@ -20,7 +19,7 @@ from hf_deit import (
 )
 from hf_deit.data import views as views_module
 from hf_deit.data.decoding import decode_image
-from hf_deit.data.repeated_augmentation import View
+from hf_deit.data.repeated_augmentation import RepeatedAugmentationSampler, View
 from hf_deit.data.views import collate_views
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import pickle
 
 import pytest
 import timm
@@ -17,7 +16,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_deit.models.classifiers import class_order, find_classifier, logits_of, new_classifier
+from hf_deit.models.classifiers import find_classifier, logits_of, new_classifier
 
 
 NEW = {"id2label": ID2LABEL, "mean": OWN_MEAN, "std": OWN_STD, "image_size": 24}
@@ -68,17 +67,6 @@ def test_every_form_of_output_is_read(wrap):
     logits = torch.randn(2, 4)
     assert logits_of(wrap(logits)) is logits
     assert logits_of(wrap("no tensor")) is None
-
-
-def test_imagenet_names_match_in_each_of_their_spellings():
-    info = timm.data.ImageNetInfo()
-    wordnet, full = info.label_names(), info.label_descriptions()
-    first = [name.split(",")[0].replace(" ", "_") for name in full]
-    assert len(set(first)) < 1000  # two cranes: no permutation could tell them apart
-    for wanted in (wordnet, full, first):
-        for own in (wordnet, full, first):
-            assert class_order(own, wanted) == list(range(1000))
-    assert class_order(first[::-1], wordnet) is None
 
 
 # --- directories -------------------------------------------------------------------------------------------------
@@ -241,23 +229,6 @@ def test_a_timm_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, small_
     torch.save(weights, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=message):
         find_classifier(f"timm:test_resnet?checkpoint={tmp_path / 'w.pth'}")
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-@pytest.mark.parametrize("save", [torch.save, lambda content, file: file.write_bytes(pickle.dumps(content))])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, save):
-    file, trace = tmp_path / "w.pth", tmp_path / "it_ran"
-    save({"state_dict": Bomb(trace)}, file)
-    with pytest.raises(ValueError, match="holds more than weights. Only .* plain values, are read") as caught:
-        find_classifier(f"timm:resnet18?checkpoint={file}")
-    assert not trace.exists() and "\n" not in str(caught.value)
 
 
 def test_a_directory_of_pickled_weights_is_refused_even_when_they_are_good(tmp_path):

@@ -85,8 +85,8 @@ def test_new_class_names_replace_the_files(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"image_size": 225}, "image_size 225 is not a multiple of patch_size 16; the nearest that fits is 224"),
-        ({"image_size": (224, 100)}, r"nearest that fits is \(224, 96\)"),
+        ({"image_size": 225}, "image_size 225 is not a multiple of patch_size 16; the nearest valid size is 224"),
+        ({"image_size": (224, 100)}, r"nearest valid size is \(224, 96\)"),
         ({"image_size": 0}, "image_size 0"),
         ({"hidden_size": 100}, "hidden_size 100 is not a multiple of num_attention_heads 12"),
         ({"head_fusion": "mean"}, f"'mean'; choose one of {', '.join(HEAD_FUSIONS)}"),

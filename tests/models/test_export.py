@@ -17,6 +17,7 @@ from hf_deit import (
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    DeiTModel,
     build_eval_transform,
     build_image_processor,
 )
@@ -157,6 +158,21 @@ def test_a_directory_of_stock_transformers_is_exported_with_stocks_numbers(tmp_p
     pixel_values = torch.randn(3, 3, 16, 16)
     expected = stock(pixel_values).logits
     torch.testing.assert_close(run(tmp_path / "stock.pt2", pixel_values), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("dim", [torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO, torch.export.Dim("batch")], ids=str)
+@pytest.mark.parametrize("kind", [DeiTModel, *KINDS.values()])
+@torch.no_grad()
+def test_torch_export_by_hand_leaves_the_batch_free(kind, dim, strict):
+    two_heads = kind is not DeiTForImageClassification
+    model = random_weights(kind(DeiTConfig(**SIZES, id2label=NAMES, use_distillation_token=two_heads)))
+    traced, other = torch.randn(2, 3, 16, 16), torch.randn(5, 3, 16, 16)
+    program = torch.export.export(model, (traced,), dynamic_shapes=({0: dim},), strict=strict)
+    got, expected = program.module()(other), model(other)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5)
 
 
 def test_without_the_extra_onnx_is_refused(exported, tmp_path, monkeypatch):

@@ -20,8 +20,8 @@ from hf_deit import (
     DeiTForImageClassificationWithTeacher,
     build_eval_transform,
     build_image_processor,
-    exit_clearly,
 )
+from hf_deit.errors import run_script
 from hf_deit.evaluation.metrics import Disagreement
 from hf_deit.paper import analysis
 
@@ -30,8 +30,8 @@ NAMES = [f"class {number}" for number in range(5)]
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
 
 
-def decider(decisions, label="one", head="class"):
-    return analysis.Decider(label, head, label, np.asarray(decisions))
+def predictor(decisions, label="one", head="class"):
+    return analysis.Predictor(label, head, label, np.asarray(decisions))
 
 
 @pytest.fixture
@@ -40,9 +40,11 @@ def labels():
 
 
 @pytest.fixture
-def deciders(labels):
+def predictors(labels):
     rng = np.random.default_rng(1)
-    return [decider(np.where(rng.random(200) < 0.7, labels, rng.integers(0, 5, 200)), f"model {i}") for i in range(3)]
+    return [
+        predictor(np.where(rng.random(200) < 0.7, labels, rng.integers(0, 5, 200)), f"model {i}") for i in range(3)
+    ]
 
 
 def seeded(kind=DeiTForImageClassificationWithTeacher, **fields):
@@ -68,12 +70,12 @@ def pixel_values():
 # --- decisions -----------------------------------------------------------------------------------------------------
 
 
-def test_the_rate_of_different_decisions_is_counted_one_by_one(deciders, labels):
-    deciders = [analysis.ground_truth(labels), *deciders]
-    found = analysis.disagreement(deciders)
+def test_the_rate_of_different_decisions_is_counted_one_by_one(predictors, labels):
+    predictors = [analysis.ground_truth(labels), *predictors]
+    found = analysis.disagreement(predictors)
     rates = np.array(found["rates"])
-    for row, one in enumerate(deciders):
-        for column, other in enumerate(deciders):
+    for row, one in enumerate(predictors):
+        for column, other in enumerate(predictors):
             counted = sum(a != b for a, b in zip(one.decisions, other.decisions)) / 200
             metric = Disagreement().compute(predictions=one.decisions, references=other.decisions)["disagreement"]
             assert rates[row, column] == pytest.approx(counted) == metric
@@ -81,19 +83,19 @@ def test_the_rate_of_different_decisions_is_counted_one_by_one(deciders, labels)
     assert found["names"] == ["ground truth", "model 0", "model 1", "model 2"] and found["images"] == 200
 
 
-def test_the_table_in_markdown_has_the_numbers_of_the_matrix(deciders):
-    found = analysis.disagreement(deciders)
+def test_the_table_in_markdown_has_the_numbers_of_the_matrix(predictors):
+    found = analysis.disagreement(predictors)
     rows = [line.strip("| ").split(" | ") for line in analysis.disagreement_table(**found).splitlines()]
     assert rows[0] == found["names"]
     assert [row[0] for row in rows[2:5]] == found["names"]
     assert np.array([row[1:] for row in rows[2:5]], dtype=float) == pytest.approx(np.array(found["rates"]), abs=5e-4)
 
 
-def test_agreement_is_by_true_class(deciders, labels):
-    reference = deciders[2]
-    found = analysis.agreement_by_class(deciders[:2], reference, NAMES, labels)
+def test_agreement_is_by_true_class(predictors, labels):
+    reference = predictors[2]
+    found = analysis.agreement_by_class(predictors[:2], reference, NAMES, labels)
     assert found["counts"] == [sum(labels == number) for number in range(5)]
-    for one, series in zip(deciders, found["series"]):
+    for one, series in zip(predictors, found["series"]):
         assert series["overall"] == pytest.approx(np.mean(one.decisions == reference.decisions))
         for number in range(4):
             of_class = [a == b for a, b, true in zip(one.decisions, reference.decisions, labels) if true == number]
@@ -101,9 +103,9 @@ def test_agreement_is_by_true_class(deciders, labels):
         assert series["by_class"][4] is None
 
 
-def test_confusion_and_accuracy_are_those_of_scikit_learn(deciders, labels):
-    expected = confusion_matrix(labels, deciders[0].decisions, labels=range(5))
-    found = analysis.confusion(deciders[0], NAMES, labels)
+def test_confusion_and_accuracy_are_those_of_scikit_learn(predictors, labels):
+    expected = confusion_matrix(labels, predictors[0].decisions, labels=range(5))
+    found = analysis.confusion(predictors[0], NAMES, labels)
     matrix = np.zeros((5, 5), dtype=int)
     for true, decision, count in found["cells"]:
         matrix[true, decision] = count
@@ -111,7 +113,7 @@ def test_confusion_and_accuracy_are_those_of_scikit_learn(deciders, labels):
     counts = [cell[2] for cell in found["cells"]]
     assert counts == sorted(counts, reverse=True) and min(counts) > 0
 
-    accuracy = analysis.agreement_by_class(deciders[:1], analysis.ground_truth(labels), NAMES, labels)["series"][0]
+    accuracy = analysis.agreement_by_class(predictors[:1], analysis.ground_truth(labels), NAMES, labels)["series"][0]
     assert accuracy["by_class"][:4] == pytest.approx(expected.diagonal()[:4] / expected[:4].sum(axis=1), abs=1e-6)
     assert accuracy["overall"] == pytest.approx(expected.trace() / 200)
 
@@ -119,12 +121,12 @@ def test_confusion_and_accuracy_are_those_of_scikit_learn(deciders, labels):
 def test_the_heads_of_a_model_decide_by_their_best_class():
     best = {head: np.array([[number, 9], [number + 1, 9]]) for number, head in enumerate(("logits", "class"))}
     best |= {"softmax": np.array([[5, 9], [6, 9]]), "distillation": np.array([[7, 9], [8, 9]])}
-    found = analysis.deciders_of("m", best)
+    found = analysis.predictors_of("m", best)
     assert [one.label for one in found] == ["m: class", "m: distillation", "m: class+distillation"]
     assert [one.decisions.tolist() for one in found] == [[1, 2], [7, 8], [5, 6]]
-    (teacher,) = analysis.deciders_of("m", best, is_teacher=True)
+    (teacher,) = analysis.predictors_of("m", best, is_teacher=True)
     assert teacher.head == "teacher" and teacher.decisions.tolist() == [5, 6]
-    (plain,) = analysis.deciders_of("p", {"class": best["class"]})
+    (plain,) = analysis.predictors_of("p", {"class": best["class"]})
     assert plain.label == "p" and plain.decisions.tolist() == [1, 2]
 
 
@@ -147,7 +149,7 @@ def test_names_are_as_short_as_they_can_be(specs, names):
 
 
 def test_a_model_named_twice_is_refused():
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="names a model twice"):
         analysis.short_names(["a", "b", "a"])
 
 
@@ -289,7 +291,7 @@ def test_our_own_model_is_taken_as_it_is(model):
 
 @pytest.mark.parametrize("network", [torch.nn.Linear(2, 2), timm.create_model("resnet10t", num_classes=3)])
 def test_another_network_is_refused(network):
-    with pytest.raises(ValueError, match=f"a {type(network).__name__} is no DeiT or ViT"):
+    with pytest.raises(ValueError, match=f"a {type(network).__name__} is not a DeiT or ViT"):
         analysis.as_deit(network)
 
 
@@ -341,7 +343,7 @@ def options(place, *more):
 def test_the_script_writes_a_picture_and_its_numbers_for_every_subject(script, place, capsys):
     script.main(options(place, "--teacher", f"{place}/teacher"))
     printed = capsys.readouterr().out
-    assert "teacher: no attention, tokens, filters or positions to show: a ResNet is no DeiT" in printed
+    assert "teacher: no attention, tokens, filters or positions to show: a ResNet is not a DeiT" in printed
     assert "plain: one token, so no similarity of two" in printed
     inside = [
         f"{subject}_{name}" for subject in ("attention", "filters", "positions") for name in ("student", "plain")
@@ -368,10 +370,11 @@ def test_the_script_writes_a_picture_and_its_numbers_for_every_subject(script, p
     assert "| ground truth |" in (place / "out" / "disagreement.md").read_text("utf-8")
 
 
-def test_a_picture_is_drawn_from_its_json(script, tmp_path):
+def test_a_picture_is_drawn_from_its_json(tmp_path):
     numbers = {"mean": (0.1, np.float64(0.25)), "name": "é"}
     drawn = {}
-    script.write(tmp_path, "a/b c", numbers, plot=lambda path, **given: drawn.update({path.name: given}))
+    result = analysis.Result("subject", "a/b c", numbers)
+    analysis.write_result(tmp_path, result, {"": lambda path, **given: drawn.update({path.name: given})})
     assert drawn == {"a-b-c.png": {"mean": [0.1, 0.25], "name": "é"}}
     assert json.loads((tmp_path / "a-b-c.json").read_text("utf-8")) == drawn["a-b-c.png"]
 
@@ -387,8 +390,7 @@ def test_a_picture_is_drawn_from_its_json(script, tmp_path):
     ],
 )
 def test_bad_input_ends_in_one_line(script, place, words, message, monkeypatch):
-    write = script.write
-    monkeypatch.setattr(script, "write", lambda *args, **plots: write(*args))  # no pictures: they are slow
+    monkeypatch.setattr(script, "PLOTS", dict.fromkeys(script.PLOTS, {}))  # no pictures: they are slow
     words = [word.format(place=place) for word in words]
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        exit_clearly(lambda: script.main(options(place, *words)))
+        run_script(lambda: script.main(options(place, *words)))

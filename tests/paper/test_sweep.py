@@ -5,76 +5,25 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from scipy import stats
+from support.sweeps import FILES, made_up_sweep, write_recipes
 
-from hf_deit import ClassifierArguments, DataArguments, DistillationConfig, ModelArguments, parse_recipe
+from hf_deit import DataArguments, DistillationConfig, ModelArguments, parse_recipe
+from hf_deit.arguments import ClassifierArguments
 from hf_deit.paper.sweep import Sweep, mean_and_deviation, mean_and_interval
-from hf_deit.teachers.record import Header
 
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {
-    "imagenet/deit_base": {"model_size": "base", "output_dir": "outputs/imagenet/deit_base"},
-    "imagenet/deit_base_distilled": {"model_size": "base", "teacher": "timm:big", "distillation_type": "hard"},
-    "imagenet/deit_base_384": {
-        "model_name_or_path": "outputs/imagenet/deit_base",
-        "image_size": 384,
-        "num_train_epochs": 30,
-        "distillation_type": "none",
-    },
-    "ablations/no_erasing": {"model_size": "base", "random_erasing_prob": 0, "distillation_type": "none"},
-    "ablations/taught_by_deit": {"model_size": "base", "teacher_recipe": "imagenet/other_teacher.yaml"},
-    "imagenet/other_teacher": {"model_name_or_path": "timm:other"},
-    "little/convnet_teacher": {"model_name_or_path": "timm:resnet10t", "num_train_epochs": 8},
-    "scales/paper": {"views_per_second": 2000},
-    "scales/little": {
-        "epochs": 0.1,
-        "image_sizes": {224: 32, 384: 48},
-        "student": {"hidden_size": 96},
-        "data": {"dataset_name": "cifar10"},
-        "unless_said": {"random_erasing_prob": 0.1, "mix_prob": 0.5},
-        "teachers": {"timm:big": "little/convnet_teacher"},
-        "views_per_second": 500,
-    },
-    "tables/a": {
-        "title": "Table A",
-        "columns": {
-            "224": {"recipe": "{}"},
-            "384": {"recipe": "imagenet/deit_base_384", "keys": {"model_name_or_path": "outputs/{}"}},
-        },
-        "rows": [
-            {
-                "name": "none",
-                "recipe": "imagenet/deit_base",
-                "keys": {"distillation_type": "none"},
-                "paper": [81.8, "-"],
-            },
-            {"name": "erasing", "recipe": "ablations/no_erasing", "paper": [4.3, 0.1]},
-            {
-                "name": "token",
-                "recipe": "imagenet/deit_base_distilled",
-                "metric": "eval_class_top1",
-                "paper": [83.0, "-"],
-            },
-            {"name": "other", "recipe": "ablations/taught_by_deit", "paper": [82.0, "-"]},
-        ],
-        "leave_out": {"little": ["other"]},
-    },
-}
 
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    for name, keys in FILES.items():
-        path = tmp_path / "recipes" / f"{name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(keys))
+    write_recipes(tmp_path)
     monkeypatch.chdir(tmp_path)
-    return lambda scale, seeds=(0, 1): Sweep("a", scale, seeds, recipes="recipes", results="results")
+    return made_up_sweep
 
 
 def finish(sweep, run, **metrics):
@@ -108,7 +57,7 @@ def test_a_scale_changes_what_it_says_and_leaves_the_row_its_own(sweep):
     assert tuned["num_train_epochs"] == 3 and tuned["image_size"] == 48
 
 
-def test_a_run_comes_after_its_teacher_and_the_student_it_goes_on_from(sweep):
+def test_a_run_comes_after_its_teacher_and_the_student_it_starts_from(sweep):
     little = sweep("little")
     stems = [run.stem for run in little.runs]
     assert len(stems) == len(set(stems)) == 9  # four a seed, and the one teacher of both seeds
@@ -134,22 +83,6 @@ def test_a_finished_run_is_not_done_again_unless_its_settings_changed(sweep, tmp
     assert run.stem in [other.stem for other in sweep("little").to_do()]
 
 
-def test_output_of_other_settings_is_left_alone_and_a_finished_run_is_taken(sweep, import_script):
-    do, run = import_script("run_table").do, sweep("little").runs[0]
-    args = SimpleNamespace(launcher="false", jobs=1, dataset_name=None, data_dir=None)
-    with pytest.raises(ChildProcessError, match="ended with status 1"):
-        do(run, args)
-    output = Path(run.keys["output_dir"])
-    (output / "trainer_state.json").write_text("{}")
-    (output / "all_results.json").write_text('{"eval_top1": 0.5}')
-    assert do(run, args) == {"eval_top1": 0.5}
-    for others in ("seed: 77", None):
-        (output / "recipe.yaml").write_text(others) if others else (output / "recipe.yaml").unlink()
-        with pytest.raises(ChildProcessError, match="holds a run with other settings"):
-            do(run, args)
-        assert (output / "all_results.json").exists()
-
-
 def test_what_a_run_needs_is_done_again_where_its_files_are_gone(sweep):
     little = sweep("little", [0])
     for run in little.runs:
@@ -162,59 +95,29 @@ def test_what_a_run_needs_is_done_again_where_its_files_are_gone(sweep):
     assert [run.stem for run in little.to_do()] == [distilled.needs[0].stem, distilled.stem]
 
 
-def test_runs_that_differ_in_the_student_share_their_teachers_answers(sweep, tmp_path):
+def test_runs_that_differ_in_the_student_share_a_teacher_record(sweep, tmp_path):
     recipe = tmp_path / "recipes/ablations/no_erasing.yaml"
 
-    def answers(**keys):
+    def records(**keys):
         recipe.write_text(yaml.safe_dump(FILES["imagenet/deit_base_distilled"] | keys))
         runs = {run.name: run for run in sweep("paper", [3]).runs}
-        return runs["imagenet/deit_base_distilled"].answers, runs["ablations/no_erasing"].answers
+        return runs["imagenet/deit_base_distilled"].teacher_record, runs["ablations/no_erasing"].teacher_record
 
     for same in (
         {"model_size": "tiny", "use_distillation_token": False},
         {"num_train_epochs": 100, "drop_path_rate": 0},
     ):
-        first, second = answers(**same)
+        first, second = records(**same)
         assert first == second and first.startswith("outputs/paper/answers/")
-        own = {run.name: run.answers for run in sweep("little", [3]).runs}["imagenet/deit_base_distilled"]
+        own = {run.name: run.teacher_record for run in sweep("little", [3]).runs}["imagenet/deit_base_distilled"]
         assert own.startswith("outputs/little/little/convnet_teacher-seed3/answers/")
     for other in ({"teacher": "timm:other"}, {"random_erasing_prob": 0}, {"per_device_train_batch_size": 64}):
-        first, second = answers(**other)
+        first, second = records(**other)
         assert second is not None and first != second
     for without in ({"distillation_type": "soft"}, {"distillation_type": "none"}):
-        assert answers(**without)[1] is None
-    one, other = ({run.answers for run in sweep("paper", [seed]).runs} - {None} for seed in (0, 1))
+        assert records(**without)[1] is None
+    one, other = ({run.teacher_record for run in sweep("paper", [seed]).runs} - {None} for seed in (0, 1))
     assert one and not one & other
-
-
-def test_one_run_records_and_the_others_replay(sweep, import_script, monkeypatch):
-    run_table, began = import_script("run_table"), []
-    tuned = {"name": "tuned", "keys": {"learning_rate": 1, "num_train_epochs": 400}, "paper": [1.0, "-"]}
-    rows = [{"name": "token", "paper": [1.0, "-"]}, tuned]
-    table = {"title": "Table", "columns": FILES["tables/a"]["columns"], "rows": rows}
-    for row in rows:
-        row["recipe"] = "imagenet/deit_base_distilled"
-    Path("recipes/tables/a.yaml").write_text(yaml.safe_dump(table))
-
-    def call(command, **_):
-        """The script's end of it: a record of the run's length, and its results."""
-        keys = yaml.safe_load(Path(command[2]).read_text())
-        option, directory = command[3:5]
-        began.append((keys.get("num_train_epochs", 300), option, directory))
-        if option == "--teacher_record":
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            fingerprint = {"images": 100, "views of a step": 10}
-            teacher = {"name": "big", "sha256": "0" * 16, "num_parameters": 1, "device": "cpu"}
-            Header("hard", None, 10 * began[-1][0], teacher, fingerprint, {}).write(Path(directory))
-        Path(keys["output_dir"], "all_results.json").write_text('{"eval_top1": 0.5}')
-        return 0
-
-    monkeypatch.setattr(run_table.subprocess, "call", call)
-    paper = sweep("paper", [0])
-    args = SimpleNamespace(launcher=sys.executable, jobs=2, dataset_name=None, data_dir=None)
-    assert run_table.sweep([paper], args) == []
-    place = paper.runs[0].answers
-    assert began == [(400, "--teacher_record", place), (300, "--teacher_replay", place)]
 
 
 def test_the_estimate_is_views_by_speed(sweep):
@@ -254,7 +157,7 @@ def test_an_unknown_table_is_refused_with_the_known_ones(sweep, tmp_path):
     with pytest.raises(ValueError, match="no 'b' in recipes/tables; there are a"):
         Sweep("b", "little", [0], recipes="recipes", results="results")
     (tmp_path / "recipes/ablations/no_erasing.yaml").unlink()
-    with pytest.raises(ValueError, match="'Table A' names recipes/ablations/no_erasing.yaml, which is not there"):
+    with pytest.raises(ValueError, match="'Table A' names recipes/ablations/no_erasing.yaml, which does not exist"):
         print(sweep("little").runs)
 
 

@@ -1,5 +1,9 @@
 """Settings that make a run of a script a matter of seconds."""
 
+from hf_deit import DataArguments, DistillationConfig, ModelArguments
+
+
+KINDS = (ModelArguments, DataArguments, DistillationConfig)
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 

@@ -1,4 +1,4 @@
-"""teacher_record.py: answers that are replayed train the very weights that asking would have trained."""
+"""Records of teacher outputs: answers that are replayed train the very weights that asking would have trained."""
 
 import json
 import math
@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,10 +23,12 @@ from hf_deit import (
     TrainViews,
     build_eval_transform,
     build_train_transform,
-    decode_image,
     load_teacher,
 )
-from hf_deit.teachers.record import RecordingTeacher, ReplayedTeacher, fingerprint_of_images
+from hf_deit.data.decoding import decode_image
+from hf_deit.teachers.fingerprint import fingerprint_of_images
+from hf_deit.teachers.recording import RecordingTeacher
+from hf_deit.teachers.replaying import ReplayedTeacher
 
 
 STEPS = 6  # of an epoch: 48 images in batches of 8
@@ -107,7 +108,7 @@ def test_another_student_replays_the_record(tiny_images, tmp_path, kind):
 
     online = run("online", "convnet")
     replayed = run("replayed", None, teacher_replay=str(tmp_path / "record"))
-    assert same_weights(online, replayed) and replayed.teacher is None
+    assert same_weights(online, replayed) and replayed.teacher.classifier is None
 
 
 def test_a_hard_run_replays_the_decisions_of_a_soft_record(tiny_images, tmp_path):
@@ -128,7 +129,7 @@ def test_a_teacher_that_is_replayed_is_asked_in_the_evaluation_only(tiny_images,
     assert f"recorded in {record}" in capsys.readouterr().out
     run = trainer(tiny_images(), tmp_path / "replayed", teacher_replay=record)
     calls = []
-    run.teacher.register_forward_hook(lambda *_: calls.append(run.state.global_step))
+    run.teacher.classifier.register_forward_hook(lambda *_: calls.append(run.state.global_step))
     metrics = run.train_and_save()
     assert metrics["teacher_top1"] == asked["teacher_top1"] and calls == [STEPS] * 3  # 20 images in batches of 8
     assert "decisions replayed from" in capsys.readouterr().out
@@ -206,17 +207,6 @@ def test_decisions_on_disk_are_those_of_views_built_by_hand(tiny_images, tmp_pat
     assert (record / "answers-00000.bin").stat().st_size == 2 * 48
 
 
-def args_for(record, kind="soft", top_k=100, batch_size=4):
-    return SimpleNamespace(
-        teacher_record=str(record),
-        teacher_replay=str(record),
-        distillation_type=kind,
-        teacher_top_k=top_k,
-        train_batch_size=batch_size,
-        device=torch.device("cpu"),
-    )
-
-
 class Answers(nn.Module):
     """A teacher that answers with given logits."""
 
@@ -233,15 +223,15 @@ class Answers(nn.Module):
 def record_and_replay(directory, logits, kind="soft", top_k=100):
     """What comes back of the logits of one batch."""
     views = np.stack([np.zeros(len(logits), int), np.arange(len(logits))], axis=1)
-    args = args_for(directory, kind, top_k, len(logits))
+    same = {"directory": directory, "kind": kind, "batch_size": len(logits)}
 
     def fingerprint():
         return {"classes": logits.shape[1], "images": len(logits), "views of a step": len(logits)}
 
-    recording = RecordingTeacher(Answers(logits), args, fingerprint)
+    recording = RecordingTeacher(Answers(logits), fingerprint, top_k=top_k, device=torch.device("cpu"), **same)
     assert recording(None, views) is logits
     recording.commit(1)
-    return ReplayedTeacher(args, fingerprint)(torch.empty(1), views)
+    return ReplayedTeacher(fingerprint, **same)(torch.empty(1), views)
 
 
 def test_the_rest_of_the_probability_is_spread_evenly(tmp_path, caplog):
@@ -357,7 +347,7 @@ def test_another_set_is_refused(tiny_images, tmp_path, record, change, refusal):
         ),
         ({"names": {0: "red", 1: "blue", 2: "green"}}, "class names is"),
         ({"names": dict(enumerate("abcd"))}, "classes is 4, recorded with 3"),
-        ({"train": [0]}, "the training set is a list, and a teacher's answers .* for TrainViews only"),
+        ({"train": [0]}, "the training set is a list, and a teacher's outputs .* for TrainViews only"),
     ],
 )
 def test_other_pieces_are_refused(tiny_images, tmp_path, record, change, refusal):
@@ -514,12 +504,12 @@ def test_a_truncated_file_is_not_recorded_over(tiny_images, tmp_path, copied):
 def test_a_batch_that_is_cut_otherwise_is_refused(tiny_images, tmp_path, record):
     run = trainer(tiny_images(), tmp_path, teacher=None, teacher_replay=str(record))
     views = np.stack([np.zeros(8, int), np.arange(8, 16)], axis=1)
-    assert run.replay(torch.empty(1), views).dtype == torch.int64
+    assert run.teacher(torch.empty(1), views).dtype == torch.int64
     for wrong in (views[:4], views + [0, 1], views[::-1], views + np.arange(8)[:, None] * [1, 0]):
         with pytest.raises(ValueError, match="expected 8 views in a row from a multiple of 8"):
-            run.replay(torch.empty(1), wrong)
+            run.teacher(torch.empty(1), wrong)
     with pytest.raises(ValueError, match="the batch has no view_ids"):
-        run.replay(torch.empty(1), None)
+        run.teacher(torch.empty(1), None)
 
 
 def test_other_versions_are_one_warning(tiny_images, tmp_path, copied, caplog):
@@ -532,7 +522,7 @@ def test_answers_of_a_step_that_is_stopped_are_not_written(tiny_images, tmp_path
     record = tmp_path / "record"
     run = trainer(tiny_images(), tmp_path / "run", teacher_record=str(record))
     with torch.no_grad():
-        run.teacher.models[0].head.bias[0] = float("nan")
+        run.teacher.classifier.models[0].head.bias[0] = float("nan")
     with pytest.raises(FloatingPointError, match="answered with NaN"):
         run.train()
     assert [path.name for path in record.iterdir()] == ["record.json"] and steps_recorded(record) == 0

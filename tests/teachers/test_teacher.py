@@ -147,7 +147,7 @@ def test_size_is_the_students_unless_fixed_or_asked_for(pixels, cfg, image_size,
     torch.testing.assert_close(seen[0], reference)
 
 
-def test_bfloat16_autocast_still_answers_in_float32(pixels):
+def test_bfloat16_autocast_still_returns_float32(pixels):
     model = TinyConvnet()
     seen = []
     model.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
@@ -186,7 +186,7 @@ def test_a_model_without_logits_is_refused(wrap, got):
 
 def test_a_model_that_cannot_read_the_size_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
-    with pytest.raises(ValueError, match="could not read a blank 3x224x224 image .* pass image_size"):
+    with pytest.raises(ValueError, match="could not read a blank 224x224 image .* pass image_size"):
         load_teacher(model, **STUDENT)
     assert load_teacher(model, image_size=8, **STUDENT)(torch.zeros(1, 3, 24, 24)).shape == (1, 4)
 
@@ -232,7 +232,7 @@ def test_other_classes_are_refused_with_both_sides_and_the_fix(pixels):
 
 
 def test_another_number_of_classes_is_refused_even_when_names_are_trusted():
-    message = r"answers with 5 classes, the student has 4 \(cat, dog, emu, ...\)\. Fine-tune .*run_teacher\.py"
+    message = r"has 5 classes, the student has 4 \(cat, dog, emu, ...\)\. Fine-tune .*run_teacher\.py"
     with pytest.raises(ValueError, match=message):
         load_teacher(TinyConvnet(5), trust_class_order=True, **STUDENT)
 
@@ -240,7 +240,7 @@ def test_another_number_of_classes_is_refused_even_when_names_are_trusted():
 def test_features_of_another_width_are_refused():
     model = TinyConvnet()
     model.head = nn.Identity()
-    with pytest.raises(ValueError, match="answers with 6 classes, the student has 4"):
+    with pytest.raises(ValueError, match="has 6 classes, the student has 4"):
         load_teacher(model, **STUDENT)
 
 
@@ -265,7 +265,7 @@ def test_a_mixture_averages_probabilities_in_the_students_order(pixels):
 
 
 def test_a_mixture_of_different_widths_is_refused():
-    with pytest.raises(ValueError, match="know 4 and 5 classes"):
+    with pytest.raises(ValueError, match="have 4 and 5 classes"):
         load_teacher([TinyConvnet(4), TinyConvnet(5)], id2label=None, mean=MEAN, std=STD)
 
 

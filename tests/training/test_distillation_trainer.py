@@ -25,8 +25,8 @@ from hf_deit import (
     DistillationConfig,
     DistillationTrainer,
     load_teacher,
-    new_classifier,
 )
+from hf_deit.models.classifiers import new_classifier
 
 
 class KeepGradients(TrainerCallback):

@@ -54,8 +54,8 @@ def test_in_a_thread_no_handler_is_set(args):
 
 
 def test_the_exit_status_says_try_again():
-    program = "from hf_deit import exit_clearly\nfrom hf_deit.training.preemption import Preempted\n"
-    program += "def main():\n    raise Preempted('stopped by SIGTERM after step 3')\nexit_clearly(main)"
+    program = "from hf_deit.errors import run_script\nfrom hf_deit.training.preemption import Preempted\n"
+    program += "def main():\n    raise Preempted('stopped by SIGTERM after step 3')\nrun_script(main)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == EXIT_STATUS == os.EX_TEMPFAIL and Preempted("x").code == EXIT_STATUS
     assert done.stderr.splitlines()[-1] == "stopped by SIGTERM after step 3"
@@ -110,7 +110,7 @@ def test_a_worker_obeys_its_own_process():
 KILLED_WHILE_ITS_WORKER_STARTS = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader
-from hf_deit import preemption
+from hf_deit.training import preemption
 
 preemption.SECONDS_TO_OUTLIVE_THE_LOADER = 0.2
 loader = os.getpid()

@@ -259,10 +259,10 @@ def test_a_push_fails_in_one_line_loses_nothing_and_succeeds_the_second_time(hub
 
         # Through the script it is one line, too.
         message = client("""
-            from hf_deit import exit_clearly
+            from hf_deit.errors import run_script
             words = [RECIPE, "--push_to_hub", "true", "--hub_token", "hf_wrong", "--output_dir", "new"]
             try:
-                exit_clearly(lambda: run_distill.main(words))
+                run_script(lambda: run_distill.main(words))
             except SystemExit as end:
                 answer = end.code
         """)

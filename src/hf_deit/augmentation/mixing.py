@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UserError
+
 
 # Area and aspect ratio of an erased rectangle (timm/data/random_erasing.py, after Zhong et al. 2020).
 ERASED_AREA = (0.02, 1 / 3)
@@ -75,10 +77,10 @@ class Mixing:
             ("random_erasing_prob", random_erasing_prob),
         ):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}; a probability lies in [0, 1]")
+                raise UserError(f"{name} is {value}; a probability lies in [0, 1]")
         for name, value in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             if value < 0:
-                raise ValueError(f"{name} is {value}; use a positive number, or 0 to turn it off")
+                raise UserError(f"{name} is {value}; use a positive number, or 0 to turn it off")
         self.num_labels = num_labels
         self.mean = tuple(mean)
         self.std = tuple(std)

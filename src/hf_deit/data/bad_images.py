@@ -9,6 +9,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import UserError
+
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class BadImages:
             )
         self._append(new)
         if len(self._listed) / self.num_images > self.max_bad_images:
-            raise ValueError(
+            raise UserError(
                 f"{len(self._listed)} of {self.num_images} training images are damaged so far, which is more than "
                 f"max_bad_images = {self.max_bad_images:g} of them; they are listed in {str(self.path)!r}: repair the "
                 "set, or raise max_bad_images"

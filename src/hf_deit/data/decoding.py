@@ -23,6 +23,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from ..errors import UserError
+
 
 # Not all that Pillow reads: its EPS reader has Ghostscript run the file as a program, and some other readers hand it
 # to programs or decoders of their own. A JPEG of several pictures (MPO) counts as a JPEG.
@@ -34,7 +36,7 @@ FORMATS = tuple(
 )
 
 
-class DamagedImage(ValueError):
+class DamagedImage(UserError):
     """An image that is not there or cannot be decoded; the message is a short reason."""
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from . import official_layouts as local_layouts
+from ..errors import UserError
+from .folders import LocalImages, find_image_folders, find_shards, read_image_folders, sort_classes
 from .registry import REGISTRY, RegisteredDataset
 from .streaming import StreamedImages, read_schema
 
@@ -83,16 +84,16 @@ def load_image_dataset(
     """
     entry = REGISTRY.get(name)
     if not splits or not set(splits) <= {"train", "eval"}:
-        raise ValueError(f"splits is {splits!r}; expected 'train', 'eval' or both (train_split names the data's own)")
+        raise UserError(f"splits is {splits!r}; expected 'train', 'eval' or both (train_split names the data's own)")
     if "train" in splits and entry is not None and entry.train_split is None:
-        raise ValueError(
+        raise UserError(
             f"{name!r} is only for evaluation, it has no training images: train on {entry.classes_of!r}, or load it "
             "with splits=('eval',)"
         )
     limits = {"train": max_train_samples, "eval": max_eval_samples}
     for part, limit in limits.items():
         if limit is not None and limit < 1:
-            raise ValueError(f"max_{part}_samples is {limit}; use a positive number, or leave it out for all images")
+            raise UserError(f"max_{part}_samples is {limit}; use a positive number, or leave it out for all images")
 
     available, files = _find(name, data_dir, category_level, entry, streaming)
     asked = {"train": train_split, "eval": eval_split}
@@ -116,7 +117,7 @@ def load_image_dataset(
         label = chosen["eval"].features["label"] if "eval" in chosen else None
         chosen["train"] = _stream(train_files, columns, entry, label, values, name)
     if len({tuple(_class_names(rows)) for rows in chosen.values()}) > 1:
-        raise ValueError(
+        raise UserError(
             f"{name!r}: the classes of {used['train']} ({len(_class_names(chosen['train']))}) and {used['eval']} "
             f"({len(_class_names(chosen['eval']))}) differ; both need the same"
         )
@@ -140,15 +141,15 @@ def _find(
 ) -> tuple[Splits, dict[str, list[str]] | None]:
     """The splits; with `streaming`, the files of each too, unless images are files of their own."""
     if category_level is not None and not name.startswith("inat"):
-        raise ValueError(f"category_level is for inat18 and inat19; {name!r} has one level of classes")
+        raise UserError(f"category_level is for inat18 and inat19; {name!r} has one level of classes")
     if data_dir is not None and entry is None:
-        raise ValueError(
+        raise UserError(
             f"data_dir says where a registered set lies ({', '.join(REGISTRY)}); of any other set the name is the "
             f"directory itself, here {name!r}"
         )
     if entry is not None and not entry.layout.markers:
         if data_dir is not None:
-            raise ValueError(f"{name!r} is {entry.layout.description} and needs no data_dir: leave it out")
+            raise UserError(f"{name!r} is {entry.layout.description} and needs no data_dir: leave it out")
         return _from_layout(entry, None, None), None
     directory = Path(data_dir or name).expanduser()
     if directory.is_dir():
@@ -156,18 +157,18 @@ def _find(
         if root is not None:
             return _from_layout(entry, root, category_level), None
         if category_level is not None:
-            raise ValueError(
+            raise UserError(
                 f"category_level needs the official files in {str(directory)!r}: {entry.layout.description}"
             )
         return _find_in_directory(directory, entry, streaming)
     if data_dir is not None:
-        raise ValueError(f"data_dir {data_dir!r} is no directory")
+        raise UserError(f"data_dir {data_dir!r} is no directory")
     if not streaming:
         rows = _from_hub(datasets.load_dataset, name, entry)
         return {split: partial(rows.__getitem__, split) for split in rows}, None
     files = _from_hub(datasets.load_dataset_builder, name, entry).config.data_files or {}
     if not files or not all(str(path).endswith(".parquet") for paths in files.values() for path in paths):
-        raise ValueError(
+        raise UserError(
             f"{name!r} is not stored in parquet files on the Hub, and only these are streamed; use streaming: false"
         )
     files = {str(split): [str(path) for path in paths] for split, paths in files.items()}
@@ -189,7 +190,7 @@ def _stream(
     label, classes = features[label_column], None
     if not isinstance(label, datasets.ClassLabel):
         if eval_label is None:
-            raise ValueError(
+            raise UserError(
                 f"{name!r}: the labels of the streamed files have no names, and without the evaluation images it is "
                 "not known which classes there are; load both splits, or use streaming: false"
             )
@@ -211,7 +212,7 @@ def _from_hub(load: Callable[[str], T], name: str, entry: RegisteredDataset | No
         hub_id, gated = entry.hub_id, entry.gated
         local = f"Give data_dir, a directory with {entry.layout.description}"
     if hub_id is None:
-        raise ValueError(
+        raise UserError(
             f"dataset {name!r} is read from a directory only, no copy on the Hub is known to be whole. {local}; it is "
             f"at {entry.page} (licence: {entry.licence})"
         )
@@ -223,7 +224,7 @@ def _from_hub(load: Callable[[str], T], name: str, entry: RegisteredDataset | No
         fix = "check the name and the network"
         if gated or "gated" in str(error).lower():
             fix = f"accept the terms at {page} and run `hf auth login`"
-        raise ValueError(
+        raise UserError(
             f"dataset {name!r} could not be loaded: it is no local directory, and the Hub said "
             f"{type(error).__name__}: {reason}. {local}, or {fix}"
         ) from error
@@ -241,24 +242,24 @@ def _find_in_directory(
     directory: Path, entry: RegisteredDataset | None, streaming: bool
 ) -> tuple[Splits, dict[str, list[str]] | None]:
     # The cheap looks come first: below a directory may lie a million images.
-    files = local_layouts.find_shards(directory, ".parquet")
-    if not files and (folders := local_layouts.find_image_folders(directory)):
+    files = find_shards(directory, ".parquet")
+    if not files and (folders := find_image_folders(directory)):
         train = folders.get("train")
         return {
-            split: partial(_from_lists, partial(local_layouts.read_image_folders, folder, train), split)
+            split: partial(_from_lists, partial(read_image_folders, folder, train), split)
             for split, folder in folders.items()
         }, None
-    if files := files or local_layouts.find_shards(directory, ".parquet", everywhere=True):
+    if files := files or find_shards(directory, ".parquet", everywhere=True):
         return _splits_of_shards("parquet", files), files if streaming else None
-    if files := local_layouts.find_shards(directory, ".tar", everywhere=True):
+    if files := find_shards(directory, ".tar", everywhere=True):
         if streaming:
-            raise ValueError(
+            raise UserError(
                 f"{str(directory)!r} holds tar shards, which can only be read from their start: only parquet files "
                 "are streamed. With streaming: false they are copied once into datasets' cache"
             )
         return _splits_of_shards("webdataset", files), None
     official = f", or the official layout: {entry.layout.description}" if entry is not None else ""
-    raise ValueError(
+    raise UserError(
         f"no images found in {str(directory)!r}: expected parquet files such as train.parquet and test.parquet, tar "
         "shards such as train-0000.tar and val-0000.tar, or folders such as train/<class>/<image>.jpg and "
         f"val/<class>/<image>.jpg{official}"
@@ -293,7 +294,7 @@ def _from_shards(kind: str, split: str, paths: list[str]) -> datasets.Dataset:
         rows = datasets.load_dataset(kind, data_files={split: paths}, split=split)
     except Exception as error:  # datasets, pyarrow and JSON each have their own for damaged files and features
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{paths[0]!r} and its like cannot be read: {reason}") from error
+        raise UserError(f"{paths[0]!r} and its like cannot be read: {reason}") from error
     if "json" in rows.column_names and "cls" not in rows.column_names:  # a tar whose labels are in its json files
         keys = rows.select_columns(["json"]).flatten()
         rows = datasets.concatenate_datasets([rows.remove_columns("json"), keys], axis=1)
@@ -301,7 +302,7 @@ def _from_shards(kind: str, split: str, paths: list[str]) -> datasets.Dataset:
 
 
 def _from_lists(
-    read: Callable[[], local_layouts.LocalImages], split: str, class_names: Sequence[str] | None = None
+    read: Callable[[], LocalImages], split: str, class_names: Sequence[str] | None = None
 ) -> datasets.Dataset:
     found = read()
     label = datasets.ClassLabel(names=list(found.class_names or class_names))
@@ -345,7 +346,7 @@ def _named_like(split: str, available: Splits) -> list[str] | None:
 def _names(split: str, option: str, available: Splits, name: str) -> list[str]:
     names = _named_like(split, available)
     if names is None:
-        raise ValueError(f"{name!r} has no split {split!r}; it has {', '.join(available)}: choose one with {option}")
+        raise UserError(f"{name!r} has no split {split!r}; it has {', '.join(available)}: choose one with {option}")
     return names
 
 
@@ -363,7 +364,7 @@ def _load_split(
     ]
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if len(rows) == 0:
-        raise ValueError(f"{name!r}: the split {split!r} holds no images; check the path")
+        raise UserError(f"{name!r}: the split {split!r} holds no images; check the path")
     return rows
 
 
@@ -373,14 +374,14 @@ def _choose_column(
     listing = f"{name!r} has the columns {', '.join(rows.column_names)}"
     if column is not None:
         if column not in rows.column_names:
-            raise ValueError(f"no column {column!r}: {listing}; set {kind}_column to one of them")
+            raise UserError(f"no column {column!r}: {listing}; set {kind}_column to one of them")
         return column
     if usual in rows.column_names:
         return usual
     candidates = [name for name, feature in rows.features.items() if fits(name, feature)]
     if len(candidates) != 1:
         found = f"{len(candidates)} of them could be" if candidates else "none of them is recognised as"
-        raise ValueError(f"{listing}, {found} the {kind} column: name it with {kind}_column")
+        raise UserError(f"{listing}, {found} the {kind} column: name it with {kind}_column")
     return candidates[0]
 
 
@@ -446,15 +447,15 @@ def _values_of_classes(
         return _class_names(rows), _class_names(rows)
     values = rows.unique("label")
     if None in values:
-        raise ValueError(f"{name!r} has images without a label in {rows.split}; leave them out")
+        raise UserError(f"{name!r} has images without a label in {rows.split}; leave them out")
     if all(isinstance(value, int) for value in values):
         if entry is not None and 0 <= min(values) and max(values) < entry.num_classes:
             return list(range(entry.num_classes)), entry.class_names or list(map(str, range(entry.num_classes)))
         values = sorted(values)
     elif all(isinstance(value, str) for value in values):
-        values = local_layouts.sort_classes(values)
+        values = sort_classes(values)
     else:
-        raise ValueError(
+        raise UserError(
             f"{name!r}: the labels are of the type {rows.features['label'].dtype}; expected whole numbers or words"
         )
     return values, list(map(str, values))
@@ -471,7 +472,7 @@ def _with_class_names(
     labels = pc.index_in(column, pa.array(values, column.type))
     if labels.null_count:
         unknown = pc.unique(column.filter(pc.is_null(labels))).to_pylist()
-        raise ValueError(
+        raise UserError(
             f"{name!r}: {rows.split} has {len(unknown)} classes that the training images don't have, such as "
             f"{', '.join(map(str, unknown[:3]))}; both splits need the same classes"
         )

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,29 +22,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..errors import UserError
+from .folders import LocalImages, _image_paths, _visible, sort_classes
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
-)
-# What a folder or file of one split may be called.
-SPLIT_NAMES = ("train", "validation", "val", "valid", "dev", "test")
+
 # From coarse to fine; 2019 has no supercategory.
 CATEGORY_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-
-
-@dataclass(frozen=True)
-class LocalImages:
-    """One split.
-
-    Attributes:
-        images: absolute paths, or encoded bytes where the files hold bare pixels.
-        labels: class of each image; of ReaL a list of classes, which may be empty.
-        class_names: None where the files do not say (the registry does).
-    """
-
-    images: list[str] | list[bytes]
-    labels: list[int] | list[list[int]]
-    class_names: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -75,107 +58,6 @@ class Layout:
 # --- folders of classes ----------------------------------------------------------------------------------------------
 
 
-def find_image_folders(directory: Path) -> dict[str, Path]:
-    """`{split: folder}` of `<split>/<class>/<image>`; one split "train" where the classes stand in `directory` itself.
-
-    Split folders keep their names. A split without a folder per class is listed too, so that reading it says why not.
-    """
-    folders = {entry.name: Path(entry.path) for entry in _visible(directory) if entry.is_dir()}
-    splits = {name: folder for name, folder in folders.items() if name in SPLIT_NAMES and _has_image(folder)}
-    return splits or ({"train": directory} if any(_has_image(folder) for folder in folders.values()) else {})
-
-
-def read_image_folders(folder: Path, train_folder: Path | None = None) -> LocalImages:
-    """The images of `<folder>/<class>/...`, at any depth below the class, sorted by path.
-
-    Classes are the folders of `train_folder` (default: `folder`) that hold an image, in the order of
-    [`sort_classes`]: as torchvision has it, but numbers count as numbers ("10" comes after "2").
-
-    Raises:
-        ValueError: no folder per class, or a class that `train_folder` doesn't have.
-    """
-    names = _class_folders(train_folder or folder)
-    found = _class_folders(folder)
-    if not found:
-        raise ValueError(
-            f"{str(folder)!r} holds images but no folder per class; expected {folder.name}/<class>/<image>.jpg (for "
-            "ImageNet's flat validation folder see the layout of imagenet-1k)"
-        )
-    if unknown := [name for name in found if name not in set(names)]:
-        raise ValueError(
-            f"{str(folder)!r} has {len(unknown)} classes that {str(train_folder)!r} has no images of, such as "
-            f"{', '.join(unknown[:3])}; both need the same"
-        )
-    images, labels = [], []
-    for name in found:
-        paths = _image_paths(folder / name)
-        images += paths
-        labels += [names.index(name)] * len(paths)
-    return LocalImages(images, labels, names)
-
-
-def sort_classes(names: Iterable[str]) -> list[str]:
-    """In the order of the alphabet, or of the numbers where every name is one ("2" before "10")."""
-    names = list(names)
-    numbers = all(name.isdecimal() for name in names)
-    return sorted(names, key=lambda name: (int(name), name) if numbers else name)
-
-
-def find_shards(directory: Path, suffix: str, everywhere: bool = False) -> dict[str, list[str]]:
-    """`{split: files}` of a set cut into files, such as train-00000-of-00002.parquet, test/0000.parquet, val-03.tar.
-
-    Args:
-        suffix: ".parquet" or ".tar". A tar without a split's name is no shard: images are also sent around as tars.
-        everywhere: look into every folder below, not only into those just below `directory`.
-    """
-    shards: dict[str, list[str]] = {}
-    patterns = (f"**/*{suffix}",) if everywhere else (f"*{suffix}", f"*/*{suffix}")
-    for file in sorted(file for pattern in patterns for file in directory.glob(pattern)):
-        if any(part.startswith(".") for part in file.relative_to(directory).parts):
-            continue
-        words = re.split(r"[-_.]", file.stem)
-        split = next((word for word in (*map(str.lower, words), file.parent.name) if word in SPLIT_NAMES), None)
-        if split is None and suffix == ".tar":
-            continue
-        if split is None:
-            split = file.parent.name if words[0].isdigit() and file.parent != directory else words[0]
-        shards.setdefault(split, []).append(str(file))
-    return shards
-
-
-def _visible(folder: str | Path) -> list[os.DirEntry]:
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def _walk_images(folder: str | Path) -> Iterable[str]:
-    seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        place = os.stat(parent)
-        if (place.st_dev, place.st_ino) in seen:  # a link back to where we were
-            folders.clear()
-            continue
-        seen.add((place.st_dev, place.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(parent, name) for name in files if _is_image(name))
-
-
-def _image_paths(folder: str | Path) -> list[str]:
-    return sorted(_walk_images(os.path.abspath(folder)))
-
-
-def _has_image(folder: str | Path) -> bool:
-    return next(iter(_walk_images(folder)), None) is not None
-
-
-def _class_folders(folder: Path) -> list[str]:
-    return sort_classes(entry.name for entry in _visible(folder) if entry.is_dir() and _has_image(entry.path))
-
-
 # --- ImageNet ----------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +84,7 @@ def _read_imagenet(root: Path, split: str) -> LocalImages:
         wnid = os.path.basename(folder)
         wnid = wnid if wnid in number else truth.get(os.path.splitext(file)[0])
         if wnid not in number:
-            raise ValueError(f"{path!r}: neither its folder nor the list of labels says what it shows")
+            raise UserError(f"{path!r}: neither its folder nor the list of labels says what it shows")
         labels.append(number[wnid])
     return LocalImages(paths, labels, names)
 
@@ -222,7 +104,7 @@ def _read_imagenet_real(root: Path, split: str) -> LocalImages:
     folder = folder / "val" if (folder / "val").is_dir() else folder
     paths = sorted((path for path in _image_paths(folder) if "_val_" in os.path.basename(path)), key=_imagenet_number)
     if not paths or _imagenet_number(paths[-1]) > len(labels):
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} holds {len(paths)} images named ILSVRC2012_val_<number>.JPEG, real.json {len(labels)} "
             "lists of labels; expected ImageNet's validation images, one list each"
         )
@@ -265,7 +147,7 @@ def _read_inaturalist(year: int, root: Path, split: str, category_level: str = "
     categories = {entry["id"]: entry for entry in json.loads(_existing(root / "categories.json").read_text())}
     known = [level for level in CATEGORY_LEVELS if all(level in entry for entry in categories.values())]
     if category_level not in known:
-        raise ValueError(
+        raise UserError(
             f"category_level is {category_level!r}; categories.json of {year} has {', '.join(known)}"
             + ("" if category_level in CATEGORY_LEVELS else f" (of {', '.join(CATEGORY_LEVELS)})")
         )
@@ -285,7 +167,7 @@ def _read_inaturalist(year: int, root: Path, split: str, category_level: str = "
 
 def _read_cifar(classes: int, root: Path, split: str) -> LocalImages:
     if (root / "batches.meta").exists() or (root / "meta").exists():
-        raise ValueError(
+        raise UserError(
             f"{str(root)!r} is CIFAR's Python version, a pickle, which could run foreign code and is never opened; "
             f"get the binary version, cifar-{classes}-binary.tar.gz, from https://www.cs.toronto.edu/~kriz/cifar.html"
         )
@@ -299,7 +181,7 @@ def _read_cifar(classes: int, root: Path, split: str) -> LocalImages:
         file = _existing(root / file)
         content = np.fromfile(file, np.uint8)
         if len(content) % (label_bytes + 3072):
-            raise ValueError(f"{str(file)!r} has {len(content)} bytes, no multiple of {label_bytes + 3072}: truncated")
+            raise UserError(f"{str(file)!r} has {len(content)} bytes, no multiple of {label_bytes + 3072}: truncated")
         rows = content.reshape(-1, label_bytes + 3072)
         labels += rows[:, label_bytes - 1].tolist()
         pixels = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -320,7 +202,7 @@ def _read_idx(root: Path, name: str) -> np.ndarray:
     dimensions = content[3] if content[:3] == b"\0\0\x08" else 0  # two zeros, the type (8: uint8), the dimensions
     shape = np.frombuffer(content, ">i4", dimensions, offset=4) if dimensions else ()
     if not dimensions or len(content) != 4 + 4 * dimensions + np.prod(shape):
-        raise ValueError(f"{str(file)!r} is no whole idx file of bytes")
+        raise UserError(f"{str(file)!r} is no whole idx file of bytes")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
@@ -353,7 +235,7 @@ def _existing(*candidates: Path) -> Path:
     for path in candidates:
         if path.exists():
             return path
-    raise ValueError(f"{' or '.join(repr(str(path)) for path in candidates)} is missing; the set is not complete")
+    raise UserError(f"{' or '.join(repr(str(path)) for path in candidates)} is missing; the set is not complete")
 
 
 def _check_first(paths: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD
-from . import official_layouts as local_layouts
+from . import official_layouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class RegisteredDataset:
     train_split: str | None = "train"
     eval_split: str = "test"
     page: str
-    layout: local_layouts.Layout
+    layout: official_layouts.Layout
     hub_id: str | None = None
     image_column: str = "image"
     label_column: str = "label"
@@ -82,7 +82,7 @@ REGISTRY = {
         eval_size=50_000,
         eval_split="validation",
         page="https://huggingface.co/datasets/ILSVRC/imagenet-1k",
-        layout=local_layouts.IMAGENET,
+        layout=official_layouts.IMAGENET,
         hub_id="ILSVRC/imagenet-1k",
         gated=True,
         licence=RESEARCH_ONLY,
@@ -94,7 +94,7 @@ REGISTRY = {
         eval_size=10_000,
         train_split=None,
         page="https://huggingface.co/datasets/vaishaal/ImageNetV2",  # archives of folders, no data set with columns
-        layout=local_layouts.IMAGENET_V2,
+        layout=official_layouts.IMAGENET_V2,
         licence="as ImageNet's; images from Flickr",
         class_names=tuple(map(str, range(1000))),
         classes_of="imagenet-1k",
@@ -107,7 +107,7 @@ REGISTRY = {
         train_split=None,
         eval_split="validation",
         page="https://github.com/google-research/reassessed-imagenet",
-        layout=local_layouts.IMAGENET_REAL,
+        layout=official_layouts.IMAGENET_REAL,
         licence="labels Apache 2.0, images as ImageNet's",
         class_names=tuple(map(str, range(1000))),
         classes_of="imagenet-1k",
@@ -117,7 +117,7 @@ REGISTRY = {
         train_size=50_000,
         eval_size=10_000,
         page="https://www.cs.toronto.edu/~kriz/cifar.html",
-        layout=local_layouts.CIFAR10,
+        layout=official_layouts.CIFAR10,
         hub_id="uoft-cs/cifar10",
         image_column="img",
         licence="not stated",
@@ -127,7 +127,7 @@ REGISTRY = {
         train_size=50_000,
         eval_size=10_000,
         page="https://www.cs.toronto.edu/~kriz/cifar.html",
-        layout=local_layouts.CIFAR100,
+        layout=official_layouts.CIFAR100,
         hub_id="uoft-cs/cifar100",
         image_column="img",
         label_column="fine_label",
@@ -139,7 +139,7 @@ REGISTRY = {
         eval_size=6_149,
         train_split="train+validation",
         page="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
-        layout=local_layouts.FLOWERS102,
+        layout=official_layouts.FLOWERS102,
         hub_id="dpdl-benchmark/oxford_flowers102",
         licence="not stated",
         class_names=FLOWER_NAMES,
@@ -150,7 +150,7 @@ REGISTRY = {
         train_size=8_144,
         eval_size=8_041,
         page="https://huggingface.co/datasets/tanganke/stanford_cars",
-        layout=local_layouts.CARS,
+        layout=official_layouts.CARS,
         hub_id="tanganke/stanford_cars",
         licence=RESEARCH_ONLY,
     ),
@@ -160,7 +160,7 @@ REGISTRY = {
         eval_size=24_426,
         eval_split="validation",
         page="https://github.com/visipedia/inat_comp/tree/master/2018",
-        layout=local_layouts.INATURALIST_2018,
+        layout=official_layouts.INATURALIST_2018,
         licence=RESEARCH_ONLY,
     ),
     # Table 6 and the competition's files share the sum of 268,243; the files have three validation images a class.
@@ -171,7 +171,7 @@ REGISTRY = {
         released_sizes=(265_213, 3_030),
         eval_split="validation",
         page="https://github.com/visipedia/inat_comp/tree/master/2019",
-        layout=local_layouts.INATURALIST_2019,
+        layout=official_layouts.INATURALIST_2019,
         licence=RESEARCH_ONLY,
     ),
     # arXiv 1708.07747
@@ -180,7 +180,7 @@ REGISTRY = {
         train_size=60_000,
         eval_size=10_000,
         page="https://github.com/zalandoresearch/fashion-mnist",
-        layout=local_layouts.FASHION_MNIST,
+        layout=official_layouts.FASHION_MNIST,
         hub_id="zalando-datasets/fashion_mnist",
         licence="MIT",
         # spelled as on the Hub
@@ -195,7 +195,7 @@ REGISTRY = {
         train_size=1_437,
         eval_size=360,
         page="https://scikit-learn.org/stable/datasets/toy_dataset.html",
-        layout=local_layouts.DIGITS,
+        layout=official_layouts.DIGITS,
         licence="CC BY 4.0",
         class_names=tuple(map(str, range(10))),
     ),

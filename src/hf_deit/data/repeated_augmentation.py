@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from ..errors import UserError
+
 
 # Lanes of a batch: a slice of the batch for each of 1, 2, 4, ... ranks, as long as it keeps this many views, ...
 VIEWS_PER_SLICE = 64
@@ -77,11 +79,11 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
         shuffle_buffer_size: int = 16_384,
     ):
         if num_images < 1:
-            raise ValueError("the training set is empty; check the path, the split and max_train_samples")
+            raise UserError("the training set is empty; check the path, the split and max_train_samples")
         if num_repeats < 1:
-            raise ValueError(f"num_repeats is {num_repeats}; use 3 as in the paper, or 1 for no repeated augmentation")
+            raise UserError(f"num_repeats is {num_repeats}; use 3 as in the paper, or 1 for no repeated augmentation")
         if block_sizes is not None and sum(block_sizes) != num_images:
-            raise ValueError(f"the blocks hold {sum(block_sizes)} images and the set {num_images}; both must agree")
+            raise UserError(f"the blocks hold {sum(block_sizes)} images and the set {num_images}; both must agree")
         self.num_images = num_images
         self.num_views = num_images // batch_size * batch_size
         self.num_repeats = num_repeats

@@ -23,6 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..errors import UserError
+
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +160,7 @@ class StreamedImages:
         if self._classes is None:
             return label
         if label not in self._classes:
-            raise ValueError(
+            raise UserError(
                 f"a streamed image has the label {label!r}, which is none of the {len(self._classes)} classes known "
                 "(from the evaluation split): use files whose label column is a ClassLabel, or streaming: false"
             )
@@ -184,7 +186,7 @@ def _read_patiently(file: str, read: Callable[[BinaryIO], T]) -> T:
                 return read(stream)
         except Exception as error:  # each client library, and each kind of broken answer, has exceptions of its own
             if not remote or wait is None or _is_final(error):
-                raise ValueError(f"cannot read {file!r}: {type(error).__name__}: {error}") from error
+                raise UserError(f"cannot read {file!r}: {type(error).__name__}: {error}") from error
             logger.warning("reading %r failed (%s: %s); next try in %d s", file, type(error).__name__, error, wait)
             time.sleep(wait)
     raise AssertionError("the last try raises")

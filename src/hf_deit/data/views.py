@@ -8,15 +8,27 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
-from transformers import DeiTImageProcessor
+from transformers import BaseImageProcessor, DeiTImageProcessor
 
-from ..augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform, TrainTransform, ViewParameters
+from ..arguments import DataArguments
+from ..augmentation.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EvalTransform,
+    TrainTransform,
+    ViewParameters,
+    build_eval_transform,
+    build_train_transform,
+)
+from ..errors import UserError
 from .decoding import DamagedImage, Part, decode_image
+from .loading import load_image_dataset
 
 
 # So many neighbours are tried in place of a damaged image; after them it is the set that is damaged.
@@ -51,7 +63,7 @@ class TrainViews(torch.utils.data.Dataset):
 
     def __init__(self, images: Sequence[dict], transform: TrainTransform, seed: int = 0):
         if seed < 0:
-            raise ValueError(f"the seed of the views is {seed}; it must be 0 or more")
+            raise UserError(f"the seed of the views is {seed}; it must be 0 or more")
         self.images = images
         self.transform = transform
         self.seed = int(seed)  # shifted further than a NumPy integer is wide
@@ -92,7 +104,7 @@ class TrainViews(torch.utils.data.Dataset):
                 examples[0]["bad_images"] = bad_images
             return examples
         number, path, reason = bad_images[-1]
-        raise ValueError(
+        raise UserError(
             f"{len(bad_images)} training images in a row are damaged, from number {index} to number {number} (path "
             f"{path}: {reason}): check the path and the columns of the dataset"
         )
@@ -141,7 +153,7 @@ class EvalViews(torch.utils.data.Dataset):
         try:
             image = decode_image(row["image"])
         except DamagedImage as damage:
-            raise ValueError(
+            raise UserError(
                 f"evaluation image number {index} (path {_path(row)}) is damaged: {damage}. Evaluation skips nothing, "
                 "or its accuracy would be that of another set: replace the file, or take it out of the set"
             ) from damage
@@ -197,3 +209,37 @@ def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray | list]
     if bad_images:
         batch["bad_images"] = bad_images
     return batch
+
+
+class LoadedViews(NamedTuple):
+    """What a run needs of its images.
+
+    Attributes:
+        train: the augmented views of the training images.
+        eval: the plain views of the evaluation images.
+        id2label: class names by number.
+        processor: the image processor that makes an evaluation view of an image, for the model's repository.
+    """
+
+    train: TrainViews
+    eval: EvalViews
+    id2label: dict[int, str]
+    processor: BaseImageProcessor
+
+
+def load_views(data_args: DataArguments, *, seed: int = 42, **transform_options) -> LoadedViews:
+    """Load a dataset as views to train on and to evaluate on.
+
+    Args:
+        data_args: which images, and at what size.
+        seed: of the order of the images and of every view; [`DistillationConfig.view_seed`] in a run.
+        transform_options: of [`build_train_transform`]; [`DistillationConfig.transform_options`] in a run.
+
+    Raises:
+        ValueError: what [`load_image_dataset`] and the transforms refuse.
+    """
+    images = load_image_dataset(**data_args.loading())
+    train = TrainViews(images["train"], build_train_transform(data_args.image_size, **transform_options), seed)
+    transform = build_eval_transform(data_args.image_size, crop_ratio=data_args.crop_ratio)
+    id2label = dict(enumerate(images["train"].features["label"].names))
+    return LoadedViews(train, EvalViews(images["eval"], transform), id2label, build_image_processor(transform))

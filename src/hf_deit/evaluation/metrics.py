@@ -1,8 +1,8 @@
 """Top-k accuracy, with one label or several (ReaL), and disagreement, as `evaluate.Metric` modules without network.
 
 `evaluate.load("accuracy")` fetches its script from the network and wants all logits (40 s for the 50,000 x 1,000 of
-ImageNet's validation set). These classes are part of the package, read the few best classes of each sample instead of
-logits, and keep everything in memory: no network, no cache file, nothing for two processes to collide on.
+ImageNet's validation set). The metrics here are part of the package, take the few best classes of each sample instead
+of logits, and keep everything in memory: no network, and no cache file that two processes could both write.
 
 Not here: the loss.
 Source: Table 4 of Touvron et al. 2021 (arXiv 2012.12877) for the disagreement; its top-1 everywhere else.
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import evaluate
 import numpy as np
 
-# evaluate describes its inputs with these three types of 🤗 datasets; by way of evaluate they stay behind one door.
+# evaluate describes its inputs with three types of 🤗 datasets; imported from evaluate, they need no second door.
 from evaluate.module import Features, Value
 from evaluate.module import Sequence as ListOf
+
+from ..errors import UserError
 
 
 if TYPE_CHECKING:
@@ -32,12 +34,12 @@ TOP_K = 5
 
 
 def top_classes(logits: Tensor) -> Tensor:
-    """`(..., classes)` to the `(..., min(5, classes))` best class numbers, int64, best first: on the device."""
+    """The `(..., min(5, classes))` best class numbers of `(..., classes)` logits, int64, best first, on the device."""
     return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices
 
 
 class _LocalMetric(evaluate.Metric):
-    """A metric in memory: `add_batch` and `compute` as in evaluate, without its files."""
+    """A metric in memory, with `add_batch` and `compute` as in evaluate but without evaluate's files."""
 
     def __init__(self):
         super().__init__(keep_in_memory=True)
@@ -47,7 +49,7 @@ class _LocalMetric(evaluate.Metric):
         return ""
 
     def compute(self, *, predictions=None, references=None, **kwargs) -> dict[str, float]:
-        """Compute the metric on what is given, or on all that `add_batch` collected."""
+        """Compute the metric of the arguments, or of everything that `add_batch` collected."""
         # Whole arrays skip evaluate's Arrow table, which encodes them value by value (0.6 s for 50,000 x 5).
         if predictions is not None and self.writer is None:
             return self._compute(predictions, references, **kwargs)
@@ -81,7 +83,7 @@ class TopKAccuracy(_LocalMetric):
     def _compute(self, predictions, references, top_k: Sequence[int] = (1, 5)) -> dict[str, float]:
         classes, labels = np.asarray(predictions), np.asarray(references)
         if classes.ndim != 2 or labels.shape != classes.shape[:1] or not classes.size:
-            raise ValueError(
+            raise UserError(
                 f"top-k accuracy got predictions {classes.shape} and references {labels.shape}; it needs "
                 "(samples, K) class numbers, best first, and (samples,) labels, with at least one of each"
             )
@@ -117,7 +119,7 @@ class ReaLAccuracy(_LocalMetric):
     def _compute(self, predictions, references, top_k: Sequence[int] = (1, 5)) -> dict[str, float]:
         classes, counted = np.asarray(predictions), [len(labels) > 0 for labels in references]
         if classes.ndim != 2 or len(classes) != len(references) or not any(counted):
-            raise ValueError(
+            raise UserError(
                 f"ReaL accuracy got predictions {classes.shape} and {len(references)} lists of labels, "
                 f"{sum(counted)} of them not empty; it needs (samples, K) class numbers, best first, and as many "
                 "lists, at least one of them not empty"
@@ -127,9 +129,9 @@ class ReaLAccuracy(_LocalMetric):
 
 
 class Disagreement(_LocalMetric):
-    """Share of the samples on which two deciders differ: two heads, student and teacher, or a head and the truth.
+    """Share of the samples on which two predictors differ: two heads, student and teacher, or a head and the truth.
 
-    `compute(predictions, references)`: both `(samples,)`, int, the class each one chose. The order does not matter.
+    `compute(predictions, references)`: both `(samples,)`, int, predicted classes. Their order does not matter.
 
     Returns:
         `{"disagreement": ...}`, a fraction in [0, 1].
@@ -150,7 +152,7 @@ class Disagreement(_LocalMetric):
     def _compute(self, predictions, references) -> dict[str, float]:
         one, other = np.asarray(predictions), np.asarray(references)
         if one.ndim != 1 or one.shape != other.shape or not one.size:
-            raise ValueError(
+            raise UserError(
                 f"disagreement got decisions of shapes {one.shape} and {other.shape}; "
                 "it needs (samples,) class numbers twice, with at least one sample"
             )
@@ -175,7 +177,7 @@ def three_head_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     best_classes, losses = prediction.predictions
     heads = best_classes.shape[1] if best_classes.ndim == 3 else 0
     if heads not in (1, len(HEADS)) or losses.shape != best_classes.shape[:1]:
-        raise ValueError(
+        raise UserError(
             f"evaluation got best classes {best_classes.shape} and losses {losses.shape}; "
             f"it needs (samples, heads, K) with 1 or {len(HEADS)} heads, and (samples,)"
         )

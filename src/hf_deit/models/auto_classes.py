@@ -1,9 +1,9 @@
-"""What the Auto classes of Transformers know of us: types `deit` and `vit`, in whichever order the two are imported.
+"""Register our classes with the Auto classes of Transformers, for types `deit` and `vit`, in either import order.
 
-`import hf_deit` imports nothing of Transformers, which takes seconds. A module of Auto classes hears of our classes as
-soon as it has been imported, or at once if it has been already. Often that is half-way through the import of a module
-on which our model rests, so that our model cannot be imported yet: stand-ins take its place until `modeling_deit` has
-been imported, by the first use of one of them or by the user.
+`import hf_deit` does not import Transformers, which takes seconds. Our classes are registered with a module of Auto
+classes right after its import, or at once if that module is imported already. Often this happens during the import of
+a module that our model needs, so that our model cannot be imported yet: stand-ins are registered in its place, until
+the first use of a stand-in, or the user, imports `modeling_deit`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import wrapt
 
 
 class StandIn:
-    """A model class of ours that is imported when something is asked of it."""
+    """One of our model classes, imported at the first access to one of its attributes."""
 
     def __init__(self, name: str, config_class: type) -> None:
         self.__name__ = name
-        self.config_class = config_class  # `register` asks
+        self.config_class = config_class  # read by `register`
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(getattr(import_module(".modeling_deit", __package__), self.__name__), attribute)
 
     def __reduce__(self) -> tuple:
-        return StandIn, (self.__name__, self.config_class)  # without asking for `__setstate__`
+        return StandIn, (self.__name__, self.config_class)  # pickle must not look up `__setstate__`
 
 
 def register_when_imported() -> None:
-    """Have the Auto classes return ours for model type `deit`, and for a `vit` that is a plain DeiT of ours.
+    """Register our classes with the Auto classes: for model type `deit`, and for a `vit` that is our plain DeiT.
 
     Importing hf_deit calls this.
 
     Raises:
-        ImportError: here or from the import of the Auto classes, if the registration did not take (some 5.x releases
+        ImportError: here or from the import of the Auto classes, if the registration had no effect (some 5.x releases
             of Transformers ignore it silently).
     """
     wrapt.register_post_import_hook(register_configurations, "transformers.models.auto.configuration_auto")
@@ -43,11 +43,11 @@ def register_when_imported() -> None:
 
 
 def register_configurations(auto: ModuleType) -> None:
-    """Ours with AutoConfig; `auto` is the module that defines it."""
+    """Register our configurations with AutoConfig; `auto` is the module that defines it."""
     from .configuration_deit import DeiTConfig, ViTOrPlainDeiTConfig
 
     for config_class in (DeiTConfig, ViTOrPlainDeiTConfig):
-        # exist_ok, because the types are stock's as well.
+        # exist_ok, because stock has the same types.
         auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         _check(config_class.model_type, auto.CONFIG_MAPPING[config_class.model_type], config_class)
 
@@ -60,7 +60,7 @@ def _register_stand_ins(auto: ModuleType) -> None:
 
 
 def register_models(auto: ModuleType, backbone: type | StandIn, *classifiers: type | StandIn) -> None:
-    """Ours with AutoModel and AutoModelForImageClassification; `auto` is the module that defines them."""
+    """Register our models with AutoModel and AutoModelForImageClassification; `auto` is the module with both."""
     config_class = backbone.config_class
     auto.AutoModel.register(config_class, backbone, exist_ok=True)
     auto.AutoModelForImageClassification.register(config_class, classifiers, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Weights between the Hub's names and those of the authors and timm, in both directions.
+"""Convert weights between the Hub's names and those of the authors and timm, in both directions.
 
-The authors' `.pth` files and timm's `deit_*`, `deit_*_distilled_*` and DeiT-shaped `vit_*` name their tensors alike,
-with query, key and value in one ("original" below). Files are read as weights only, and every tensor is accounted for:
-what a DeiT needs and does not find, or has no place for, is refused by name.
+The authors' `.pth` files and timm's `deit_*`, `deit_*_distilled_*` and DeiT-shaped `vit_*` use the same tensor names,
+with query, key and value in one tensor (the "original" format below). Files are read as weights only. Every tensor is
+accounted for: an error names the tensors that a DeiT lacks or does not have.
 
-Not here: the network (modeling_deit.py, whose `from_original` and `to_original` are the doors to this file), and new
-heads for other classes (`from_pretrained(..., num_labels=...)`, once converted).
+Not here: the network (modeling_deit.py, whose `from_original` and `to_original` call this file), and new heads for
+other classes (`from_pretrained(..., num_labels=...)` after the conversion).
 
 Source: facebookresearch/deit models.py; timm/models/deit.py and vision_transformer.py; the names stored in the Hub's
 `facebook/deit-*` repositories.
@@ -29,28 +29,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from .classifiers import read_weights
+from ..errors import UserError
 from .configuration_deit import STOCK_VALUES, DeiTConfig, as_pair
+from .weight_files import read_weights
 
 
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 
-# What tensors do not say and all models in the original format share. A converted model goes on predicting what it
-# did, so its fusion is the mean of the logits that the authors' code and timm compute, not the paper's softmax.
+# Fields that no tensor shows and all models in the original format share. A converted model must predict as before, so
+# its fusion is the mean of the logits, as in the authors' code and timm, and not the paper's softmax.
 ORIGINAL_VALUES = {"layer_norm_eps": 1e-6, "hidden_act": "gelu", "head_fusion": "logits"}
-# Table 1 has 64 dimensions a head. So has every ViT of these widths that timm knows, and some of the others have not.
+# Table 1 has 64 dimensions per head, and so has every ViT of these widths in timm; some of other widths do not.
 HEAD_WIDTH, WIDTHS = 64, range(192, 1024 + 1)
-HUB_PREFIXES = ("deit.", "vit.")  # of the distilled and of the plain one, which the Hub stores as a ViT
+HUB_PREFIXES = ("deit.", "vit.")  # of distilled and of plain models; the Hub stores the latter as a ViT
 FILE_KEYS = ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
-MOST_NAMES = 24  # of a kind in a message; only another network altogether has more
+MOST_NAMES = 24  # of a kind in a message; only an unrelated network has more
 SHARD_INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = ("model.safetensors", SHARD_INDEX, "pytorch_model.bin")
 
 
 class Checkpoint(NamedTuple):
-    """What was read: a model under the Hub's names, and the pixels it wants where the source says so."""
+    """A model under the Hub's names, and the normalisation of its pixels where the source states it."""
 
     config: DeiTConfig
     weights: dict[str, Tensor]
@@ -59,14 +60,14 @@ class Checkpoint(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One tensor of the original format, and the Hub's tensors of which it is the stack along the first dimension."""
+    """One tensor of the original format: the stack, along the first dimension, of the Hub's tensors `hub`."""
 
     original: str
     hub: tuple[str, ...]
     shape: Shape
 
     def named(self, prefix: str | None) -> dict[str, Shape]:
-        """Names and shapes with the Hub's `prefix`, or in the original format if None."""
+        """Names and shapes with the Hub's `prefix`, or in the original format if `prefix` is None."""
         if prefix is None:
             return {self.original: self.shape}
         part = self.shape[0] // len(self.hub), *self.shape[1:]
@@ -114,37 +115,37 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read a DeiT classifier of any format; the config is inferred from the tensors.
 
-    Inferred are width, depth, patch, channels, classes, and the side of the images: the grid of patches is taken to be
-    square. A `config.json` beside the weights is believed instead. No tensor tells the number of heads: it is 64
-    dimensions a head, as in Table 1, for the widths of which that holds everywhere (192 to 1024, multiples of 64).
+    Width, depth, patch, channels, classes and the side of the images are inferred; the grid of patches is assumed to
+    be square. A `config.json` next to the weights takes precedence. No tensor shows the number of heads: 64 dimensions
+    per head are assumed, as in Table 1, for widths where all known models have them (192 to 1024, multiples of 64).
 
-    What else a file does not say is set as where it comes from: layer-norm epsilon 1e-6, GELU, and
-    `head_fusion="logits"`, the mean that the authors' code and timm compute, so that a converted model goes on giving
-    its published numbers; the paper's `"softmax"` is one argument away. Stochastic depth, which acts in training only,
-    is the paper's 0.1 for a file and what its `config.json` says for a Hub model.
+    Fields that a file does not show have the values of its origin: layer-norm epsilon 1e-6, GELU, and
+    `head_fusion="logits"`, the mean that the authors' code and timm compute, so that a converted model keeps its
+    published accuracy; pass `head_fusion="softmax"` for the paper's. Stochastic depth, which acts in training only, is
+    the paper's 0.1 for a file, and the value in `config.json` for a Hub model.
 
     Args:
         source: a `.safetensors` or `.pth` file in the authors', timm's or the Hub's names; a state dict, also within
             `{"model": ...}`; a directory or Hub id with `config.json` and weights, in one file or in shards, of type
             `deit`, `vit` or timm's. A training checkpoint's averaged weights (`model_ema`) come first, if there are
             any.
-        image_size: pixels, needed where the grid is not square: `(height, width)` of the images of this checkpoint.
-            Other sizes are the caller's wish, not a property of the checkpoint, and ignored here.
-        config: any field of [`DeiTConfig`]; these win over what is inferred or stored.
+        image_size: `(height, width)` in pixels of the images of this checkpoint, needed if its grid is not square.
+            Other values are ignored here; resize the model afterwards.
+        config: any field of [`DeiTConfig`], in place of the inferred or stored value.
 
     Returns:
         The config; the weights under the Hub's names, copies of the same dtype; mean and standard deviation per
         channel of pixels in [0, 1], None where unknown.
 
     Raises:
-        ValueError: for what cannot be read without running code, and for a network that is no plain or distilled DeiT
-            classifier: the message lists the tensors that are missing, unexpected or misshapen.
+        ValueError: the source cannot be read without running code, or the network is not a plain or distilled DeiT
+            classifier; the message lists the tensors that are missing, unexpected or of another shape.
     """
     weights, stored, pixels = _read(source)
     name = "the state dict" if isinstance(source, Mapping) else repr(os.fspath(source))
     prefix = next((prefix for prefix in HUB_PREFIXES if any(key.startswith(prefix) for key in weights)), None)
 
-    # First the structure, by names and numbers of dimensions; then the sizes, by shapes.
+    # First infer the structure from names and numbers of dimensions, then the sizes from shapes.
     layers = {match[1] for key in weights if (match := re.match(r"(?:blocks|\w+\.encoder\.layer)\.(\d+)\.", key))}
     fields = {
         "num_hidden_layers": max(len(layers), 1),
@@ -155,7 +156,7 @@ def read_checkpoint(
     structure = ("num_hidden_layers", "use_distillation_token", "qkv_bias")
     rows = layout(DeiTConfig(**{key: fields[key] for key in structure if key in fields}))
     _compare(name, weights, rows, prefix, rank_only=True)
-    # Query, key and value apart have another shape than joined, but theirs is not needed.
+    # Separate query, key and value have another shape than joined ones, but that shape is not needed.
     shapes = {row.original: weights[next(iter(row.named(prefix)))].shape for row in rows}
     fields = _sizes(name, shapes, image_size, fields) | fields
     if stored is None:
@@ -165,7 +166,7 @@ def read_checkpoint(
     if fields.get("id2label"):
         names, classes = fields["id2label"], fields.pop("num_labels")
         if len(names) != classes:
-            raise ValueError(f"{name} has {classes} classes, but {len(names)} class names")
+            raise UserError(f"{name} has {classes} classes, but {len(names)} class names")
         fields["label2id"] = {label: int(number) for number, label in names.items()}
     model_config = DeiTConfig(**fields)
     rows = layout(model_config)
@@ -175,7 +176,7 @@ def read_checkpoint(
         parts = [weights[name] for name in row.named(prefix)]
         if prefix is None:
             parts = parts[0].chunk(len(row.hub))
-        # Copies: parts of one tensor cannot be saved apart, and a caller's state dict must not be trained.
+        # Copy: parts of one tensor cannot be saved separately, and training must not change the caller's tensors.
         copies = (part.detach().clone() for part in parts)
         converted |= zip(row.named(_hub_prefix(model_config)), copies, strict=True)
     return Checkpoint(model_config, converted, *pixels)
@@ -186,51 +187,52 @@ def _hub_prefix(config: DeiTConfig) -> str:
 
 
 def original_weights(weights: Mapping[str, Tensor], config: DeiTConfig) -> dict[str, Tensor]:
-    """A classifier's state dict under the names of the authors and timm, query, key and value joined.
+    """A classifier's state dict under the names of the authors and timm, with query, key and value joined.
 
-    One warning names what the tensors do not say and their programs would assume otherwise.
+    One warning names the fields that no tensor shows and that the authors' code and timm assume to be different.
 
     Args:
         weights: state dict of a plain [`DeiTForImageClassification`] or a [`DeiTForImageClassificationWithTeacher`].
-        config: the model's.
+        config: the model's configuration.
 
     Returns:
-        Tensors of the same dtype, detached; like a state dict they share memory with the model where they can.
+        Tensors of the same dtype, detached; they share memory with the model where possible, as in a state dict.
 
     Raises:
-        ValueError: for a model that the original format does not have (such as one head beside a distillation token)
-            and for another activation than GELU.
+        ValueError: the original format does not have such a model (one head and a distillation token), or the
+            activation is not GELU.
     """
     rows, prefix = layout(config), _hub_prefix(config)
     _compare("the model", weights, rows, prefix)
     if config.hidden_act != ORIGINAL_VALUES["hidden_act"]:
-        raise ValueError(f"hidden_act is {config.hidden_act!r}; the authors' and timm's DeiT have 'gelu'")
-    untold = []
+        raise UserError(f"hidden_act is {config.hidden_act!r}; the authors' and timm's DeiT have 'gelu'")
+    differing = []
     if config.layer_norm_eps != ORIGINAL_VALUES["layer_norm_eps"]:
-        untold.append(f"layer_norm_eps {config.layer_norm_eps:g} (there 1e-6)")
+        differing.append(f"layer_norm_eps {config.layer_norm_eps:g} (there 1e-6)")
     if config.hidden_size != HEAD_WIDTH * config.num_attention_heads:
-        untold.append(f"num_attention_heads {config.num_attention_heads} ({HEAD_WIDTH} dimensions each in Table 1)")
+        differing.append(f"num_attention_heads {config.num_attention_heads} ({HEAD_WIDTH} dimensions each in Table 1)")
     if config.use_distillation_token and config.head_fusion != ORIGINAL_VALUES["head_fusion"]:
-        untold.append(f"head_fusion {config.head_fusion!r} (there the mean of both heads' logits)")
-    if untold:
-        logger.warning("the weights alone do not carry %s", ", ".join(untold))
+        differing.append(f"head_fusion {config.head_fusion!r} (there the mean of both heads' logits)")
+    if differing:
+        logger.warning("the weights alone do not carry %s", ", ".join(differing))
     joined = {row.original: [weights[name].detach() for name in row.named(prefix)] for row in rows}
     return {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in joined.items()}
 
 
 def write_original(weights: Mapping[str, Tensor], path: str | os.PathLike) -> None:
-    """Write what `to_original` returns, for timm's `checkpoint_path` or the authors' `--resume`.
+    """Write the result of `to_original`, for timm's `checkpoint_path` or the authors' `--resume`.
 
     Args:
-        path: ends in `.safetensors`, or in `.pth` for the authors' `{"model": state dict}`.
+        weights: from [`original_weights`].
+        path: file name that ends in `.safetensors`, or in `.pth` for the authors' `{"model": state dict}`.
 
     Raises:
-        ValueError: for another ending.
+        ValueError: the name has another ending.
     """
     path = Path(path)
     weights = {name: tensor.cpu().contiguous() for name, tensor in weights.items()}
     if path.suffix not in (".safetensors", ".pth"):
-        raise ValueError(f"cannot write {str(path)!r}: the name must end in .safetensors, or in .pth for the authors'")
+        raise UserError(f"cannot write {str(path)!r}: the name must end in .safetensors, or in .pth for the authors'")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pth":
         torch.save({"model": weights}, path)
@@ -239,14 +241,14 @@ def write_original(weights: Mapping[str, Tensor], path: str | os.PathLike) -> No
 
 
 def read_class_names(path: str | os.PathLike) -> dict[int, str]:
-    """`id2label` from a text file of class names, one a line, in the order of the classes."""
+    """Read `id2label` from a text file of class names, one per line, in the order of the classes."""
     try:
         names = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"class names {str(path)!r} cannot be read: {error}") from error
+        raise UserError(f"class names {str(path)!r} cannot be read: {error}") from error
     names = [name.strip() for name in names if name.strip()]
     if not names:
-        raise ValueError(f"class names {str(path)!r} are empty: one name a line, in the order of the classes")
+        raise UserError(f"class names {str(path)!r} are empty: write one name per line, in the order of the classes")
     return dict(enumerate(names))
 
 
@@ -254,22 +256,22 @@ def read_class_names(path: str | os.PathLike) -> dict[int, str]:
 
 
 def _read(source) -> tuple[Mapping[str, Tensor], dict | None, tuple]:
-    """Weights as named in the source; the fields of a Hub config, None without one; mean and standard deviation."""
+    """Read weights under the source's names, the fields of a Hub config (or None), mean and standard deviation."""
     if isinstance(source, Mapping):
         weights = source["model"] if isinstance(source.get("model"), Mapping) else source
         if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-            raise ValueError('expected a state dict of tensors, or the authors\' {"model": state dict}')
+            raise UserError('expected a state dict of tensors, or the authors\' {"model": state dict}')
         return weights, None, ()
     path = Path(source).expanduser()
     if path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
         return _read_file(path), None, ()
     where = str(path) if path.is_dir() else os.fspath(source)
     stored = _read_json(where, "config.json")
-    if "architecture" in stored:  # timm's, whose config names the network and describes its pixels
+    if "architecture" in stored:  # timm's config names the network and its normalisation
         pixels = stored.get("pretrained_cfg", {})
         return _read_folder(where), None, (pixels.get("mean"), pixels.get("std"))
     if stored.get("model_type") not in ("deit", "vit"):
-        raise ValueError(f"{where!r} holds a model of type {stored.get('model_type')!r}; expected 'deit' or 'vit'")
+        raise UserError(f"{where!r} holds a model of type {stored.get('model_type')!r}; expected 'deit' or 'vit'")
     try:
         processor = _read_json(where, "preprocessor_config.json")
     except ValueError as error:
@@ -281,7 +283,7 @@ def _read(source) -> tuple[Mapping[str, Tensor], dict | None, tuple]:
 
 
 def _read_folder(where: str) -> dict[str, Tensor]:
-    """Weights of a directory or Hub repository, in one file or in shards."""
+    """Read the weights of a directory or Hub repository, in one file or in shards."""
     file = Path(_find(where, *WEIGHT_FILES))
     if file.name != SHARD_INDEX:
         return _read_file(file)
@@ -297,23 +299,23 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     except ValueError as error:
         if not isinstance(error.__cause__, pickle.UnpicklingError):
             raise
-        raise ValueError(
-            f"{error}. Where you trust its code, save the tensors alone: "
+        raise UserError(
+            f"{error}. If you trust the code in the checkpoint, save its tensors alone: "
             "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
         ) from error
 
 
 def _find(where: str, *names: str) -> str:
-    """Path of the first of these files that a directory or Hub repository has, downloaded if need be."""
+    """The path of the first of `names` that a directory or Hub repository has; Hub files are downloaded."""
     reasons = []
     for name in names:
         try:
             if (file := cached_file(where, name)) is not None:
                 return file
-            reasons.append(f"it has no {name}")  # Transformers' answer to a directory without config.json
+            reasons.append(f"it has no {name}")  # Transformers returns None for a directory without config.json
         except (OSError, ValueError) as error:
             reasons.append(str(error).strip().partition("\n")[0])
-    raise ValueError(f"cannot read {where!r} as a file, directory or Hub id: {reasons[0]}")
+    raise UserError(f"cannot read {where!r} as a file, directory or Hub id: {reasons[0]}")
 
 
 def _read_json(where: str, name: str) -> dict:
@@ -321,14 +323,14 @@ def _read_json(where: str, name: str) -> dict:
     try:
         return json.loads(Path(file).read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{name} of {where!r} cannot be read: {error}") from error
+        raise UserError(f"{name} of {where!r} cannot be read: {error}") from error
 
 
 # --- Inferring and checking --------------------------------------------------------------------------------------
 
 
 def _sizes(name: str, shapes: Mapping[str, Shape], image_size: int | tuple[int, int] | None, known: dict) -> dict:
-    """The fields of a config that shapes tell."""
+    """The fields of a config that follow from shapes."""
     width, channels, *patch = shapes["patch_embed.proj.weight"]
     if "image_size" not in known:
         patches = shapes["pos_embed"][1] - (2 if "dist_token" in shapes else 1)
@@ -336,8 +338,8 @@ def _sizes(name: str, shapes: Mapping[str, Shape], image_size: int | tuple[int, 
         wanted = [] if image_size is None else [size // part for size, part in zip(as_pair(image_size), patch)]
         grid = wanted if side**2 != patches and math.prod(wanted) == patches else [side, side]
         if math.prod(grid) != patches:
-            raise ValueError(
-                f"{name} has positions for {patches} patches, which is no square: pass image_size=(height, width)"
+            raise UserError(
+                f"{name} has positions for {patches} patches, not a square number: pass image_size=(height, width)"
             )
         known = known | {"image_size": _one_if_equal([count * part for count, part in zip(grid, patch)])}
     return {
@@ -356,10 +358,10 @@ def _one_if_equal(pair: list[int]) -> int | tuple[int, int]:
 
 def _heads(name: str, width: int) -> int:
     if width not in WIDTHS or width % HEAD_WIDTH:
-        raise ValueError(
-            f"{name} is {width} wide, and no tensor tells its number of attention heads: pass num_attention_heads. "
-            f"{HEAD_WIDTH} dimensions a head are a matter of course only for multiples of {HEAD_WIDTH} from "
-            f"{WIDTHS[0]} to {WIDTHS[-1]}"
+        raise UserError(
+            f"{name} is {width} wide, and no tensor shows its number of attention heads: pass num_attention_heads. "
+            f"{HEAD_WIDTH} dimensions per head are assumed only for multiples of {HEAD_WIDTH} from {WIDTHS[0]} to "
+            f"{WIDTHS[-1]}"
         )
     return width // HEAD_WIDTH
 
@@ -367,7 +369,7 @@ def _heads(name: str, width: int) -> int:
 def _compare(
     name: str, weights: Mapping[str, Tensor], rows: list[Row], prefix: str | None, rank_only: bool = False
 ) -> None:
-    """Refuse tensors that are not those of `rows`, by name."""
+    """Refuse weights that are not exactly the tensors of `rows`; the message names the differences."""
     expected = {key: shape for row in rows for key, shape in row.named(prefix).items()}
     wrong = []
     for key in expected.keys() & weights.keys():
@@ -387,11 +389,11 @@ def _compare(
             shortened[kind] += [f"and {len(names) - MOST_NAMES} more"] * (len(names) > MOST_NAMES)
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in shortened.items() if names)
         kind = "distilled" if any(row.original == "dist_token" for row in rows) else "plain"
-        raise ValueError(f"{name} does not fit a {kind} DeiT classifier. Tensors {listed}")
+        raise UserError(f"{name} does not fit a {kind} DeiT classifier. Tensors {listed}")
 
 
 def _by_block(names: Collection[str]) -> list[str]:
-    """`blocks.*.ls1.gamma (0, 1, 2)` for the same tensor of several blocks; other names as they are."""
+    """`blocks.*.ls1.gamma (0, 1, 2)` for the same tensor of several blocks; other names unchanged."""
     groups = defaultdict(dict)
     for name in names:
         number = re.search(r"\.(\d+)\.", name)

@@ -1,21 +1,17 @@
 """Any image classifier from a spec: a directory, a Hub id, a timm name, a Python factory or a module.
 
-`find_classifier` says what a spec resolves to: the model, its classes and the pixels it wants. `new_classifier` makes
-one to train, of a kind that `find_classifier` reads back.
+`find_classifier` loads the model of a spec, with its class names and the normalisation of its pixels. `new_classifier`
+makes a model to train, of a kind that `find_classifier` reads back.
 
-Not here: what a teacher or an evaluation makes of it (teachers.py, evaluation.py).
+Not here: freezing the model and matching its classes (frozen_classifier.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import hashlib
 import importlib
 import logging
 import os
-import pickle
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+from .class_names import class_names, some_of
 from .configuration_deit import as_pair
+from .weight_files import first_line, read_weights
 
 
 logger = logging.getLogger(__name__)
@@ -40,17 +39,17 @@ ACCEPTED_FORMS = (
 
 @dataclass
 class FoundClassifier:
-    """What a spec resolves to: the model and what is known of its classes and pixels (None: not known).
+    """The model of a spec, and the facts known about its classes and pixels (None: unknown).
 
     Attributes:
-        model: in whatever mode it was loaded.
+        model: the network, in training or evaluation mode.
         name: the spec.
-        names: of the classes, in their order.
+        names: class names in the order of the classes.
         mean: per channel, of pixels in [0, 1].
-        std: likewise.
+        std: per channel, of pixels in [0, 1].
         image_size: `(height, width)` in pixels.
-        fixed_size: whether it takes no other.
-        crop_ratio: share of the shorter side that its evaluation keeps, in (0, 1].
+        fixed_size: True if the network accepts no other size.
+        crop_ratio: share of the shorter side that the model's evaluation keeps, in (0, 1].
     """
 
     model: nn.Module
@@ -64,10 +63,10 @@ class FoundClassifier:
 
 
 def find_classifier(spec: Spec) -> FoundClassifier:
-    """The classifier of one spec; see `ACCEPTED_FORMS`.
+    """Load the classifier of one spec; see `ACCEPTED_FORMS`.
 
     Weights are read from safetensors, or from `.pth` files without unpickling code; code that comes with a checkpoint
-    is never run. `python:<module>:<factory>` is the user's own code by nature: a function without arguments, in a
+    never runs. `python:<module>:<factory>` is the user's own code: the factory, a function without arguments in a
     module on the PYTHONPATH, is called.
 
     Raises:
@@ -76,7 +75,7 @@ def find_classifier(spec: Spec) -> FoundClassifier:
     if isinstance(spec, nn.Module):
         return _describe(spec, type(spec).__name__)
     if not isinstance(spec, (str, os.PathLike)):
-        raise ValueError(f"cannot read a model from a {type(spec).__name__}. {ACCEPTED_FORMS}")
+        raise UserError(f"cannot read a model from a {type(spec).__name__}. {ACCEPTED_FORMS}")
     spec = os.fspath(spec)
     if spec.startswith("timm:"):
         return _load_timm(spec)
@@ -94,16 +93,16 @@ def new_classifier(
     image_size: int | tuple[int, int],
     model_args: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A trainable Transformers classifier for new classes; `load_teacher` reads what its `save_pretrained` writes.
+    """Make a trainable Transformers classifier for new classes; `load_teacher` reads its `save_pretrained` directory.
 
     Args:
-        spec: `timm:<name>` starts from random weights; a directory or a Hub id (`timm/<name>` for timm's) from trained
-            ones, with a new head where the number of classes differs.
-        id2label: names of the classes it is to learn.
-        mean: what its training pixels are normalised with; kept in the config of a timm model. A model of another kind
-            needs an image processor saved beside it.
-        std: likewise.
-        image_size: of the training pixels; likewise.
+        spec: `timm:<name>` starts from random weights; a directory or a Hub id (`timm/<name>` for timm's) starts from
+            trained weights, with a new head if the number of classes differs.
+        id2label: names of the classes to learn.
+        mean: the mean that the training pixels are normalised with; kept in the config of a timm model. A model of
+            another kind needs an image processor saved in its directory.
+        std: the standard deviation of that normalisation; kept likewise.
+        image_size: size of the training pixels; kept likewise.
         model_args: arguments of `timm.create_model`, for `timm:` only.
 
     Raises:
@@ -116,7 +115,7 @@ def new_classifier(
     pixels = {"mean": list(mean), "std": list(std), "input_size": [3, *as_pair(image_size)]}
     if (name := os.fspath(spec)).startswith("timm:"):
         name = name.removeprefix("timm:")
-        # The wrapper draws every layer anew from normal(0, 0.02); a convnet learns faster from timm's own draw.
+        # The wrapper initialises every layer from normal(0, 0.02); a convnet learns faster from timm's own init.
         initial = _create_timm_model(name, num_classes=len(names), **(model_args or {})).state_dict()
         config = TimmWrapperConfig(
             architecture=name, num_labels=len(names), model_args=model_args, pretrained_cfg=pixels, **labels
@@ -125,22 +124,22 @@ def new_classifier(
         model.timm_model.load_state_dict(initial)
         return model
     if model_args:
-        raise ValueError(f"model_args {model_args} apply to timm:<name> only, got {name!r}")
+        raise UserError(f"model_args {model_args} apply to timm:<name> only, got {name!r}")
     model, _ = _from_pretrained(name, num_labels=len(names), **labels)
     if model.config.model_type == "timm_wrapper":
-        model.config.label_names = names  # else the old names are saved, and lost on the next load
+        model.config.label_names = names  # otherwise the old names are saved, and these lost at the next load
         model.config.pretrained_cfg = {**(getattr(model.config, "pretrained_cfg", None) or {}), **pixels}
     return model
 
 
-# --- what a spec becomes ---------------------------------------------------------------------------------------------
+# --- reading a spec --------------------------------------------------------------------------------------------------
 
 
 def _describe(model: nn.Module, name: str) -> FoundClassifier:
-    """Read classes and pixels off a model: from a Transformers config, or from timm's `pretrained_cfg`."""
+    """Read class names and pixel normalisation from a Transformers config or timm's `pretrained_cfg`."""
     config = getattr(model, "config", None)
     inner = getattr(model, "timm_model", model)
-    # Inside a TimmWrapper `pretrained_cfg` speaks of the architecture; the wrapper's config knows how it was trained.
+    # Inside a TimmWrapper `pretrained_cfg` describes the architecture; the wrapper's config describes the training.
     pixels = {
         **(getattr(inner, "pretrained_cfg", None) or getattr(inner, "default_cfg", None) or {}),
         **(getattr(config, "pretrained_cfg", None) or {}),
@@ -164,9 +163,9 @@ def _load_transformers(spec: str) -> FoundClassifier:
     fresh = sorted(key for key in info["missing_keys"] if not key.endswith("num_batches_tracked"))
     fresh += sorted(key for key, *_ in info["mismatched_keys"])
     if fresh:
-        raise ValueError(
-            f"model {spec!r} has untrained weights: {some_of(fresh)} are not in its checkpoint and were "
-            "drawn at random. Fine-tune it first: recipes/run_teacher.py"
+        raise UserError(
+            f"model {spec!r} has untrained weights: {some_of(fresh)} are not in its checkpoint and have "
+            "random values. Fine-tune the model first: recipes/run_teacher.py"
         )
     found = _describe(model, spec)
     _read_image_processor(found, spec)
@@ -181,52 +180,52 @@ def _from_pretrained(spec: str, **kwargs) -> tuple[nn.Module, dict]:
         spec,
         dtype=torch.float32,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # the callers say what a fresh head means
+        ignore_mismatched_sizes=True,  # the callers decide about new heads
         **kwargs,
     )
 
 
 def load_pretrained(model_class: type, spec: str, **kwargs) -> Any:
-    """`model_class.from_pretrained` of a directory or Hub id: from safetensors, without foreign code.
+    """Call `model_class.from_pretrained` on a directory or Hub id, with safetensors only and without foreign code.
 
     Raises:
-        ValueError: there is no such model, or it cannot be read; one line, whatever was raised below.
+        ValueError: the model does not exist or cannot be read; the message is one line for every kind of error.
     """
     path = Path(spec).expanduser()
     if path.is_file():
-        raise ValueError(
-            f"model {spec!r} is a file: name its network too, timm:<name>?checkpoint={spec}. {ACCEPTED_FORMS}"
+        raise UserError(
+            f"model {spec!r} is a file: name the network too, timm:<name>?checkpoint={spec}. {ACCEPTED_FORMS}"
         )
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"model directory {spec!r} has no config.json. {ACCEPTED_FORMS}")
+            raise UserError(f"model directory {spec!r} has no config.json. {ACCEPTED_FORMS}")
         spec = str(path)
     elif path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
-        raise ValueError(f"model {spec!r} does not exist. {ACCEPTED_FORMS}")
+        raise UserError(f"model {spec!r} does not exist. {ACCEPTED_FORMS}")
     try:
         return model_class.from_pretrained(spec, use_safetensors=True, trust_remote_code=False, **kwargs)
     except Exception as error:  # Transformers, huggingface_hub and safetensors raise a dozen unrelated types
-        raise ValueError(f"cannot load model {spec!r}: {first_line(error)}. {ACCEPTED_FORMS}") from error
+        raise UserError(f"cannot load model {spec!r}: {first_line(error)}. {ACCEPTED_FORMS}") from error
 
 
 def _read_image_processor(found: FoundClassifier, spec: str) -> None:
-    """Fill in mean, std and crop ratio from the image processor saved beside a Transformers model."""
+    """Fill in mean, std and crop ratio from the image processor saved with a Transformers model."""
     from transformers import AutoImageProcessor, DeiTImageProcessor
 
-    # What a TimmWrapper saves says it all; run_teacher.py leaves the processor of its evaluation beside it.
+    # A TimmWrapper's own config is complete; run_teacher.py also saves the processor of its evaluation.
     in_config = found.model.config.model_type == "timm_wrapper"
     try:
         processor_class = DeiTImageProcessor if in_config else AutoImageProcessor
         processor = processor_class.from_pretrained(os.path.expanduser(spec), trust_remote_code=False)
     except OSError:
         if not in_config:
-            logger.warning("%s has no preprocessor_config.json: mean and std are the student's, or ImageNet's", spec)
+            logger.warning("%s has no preprocessor_config.json: using the student's mean and std, or ImageNet's", spec)
         return
     except Exception as error:  # of another kind, damaged, or with code of its own
-        raise ValueError(f"cannot read the image processor of model {spec!r}: {first_line(error)}") from error
+        raise UserError(f"cannot read the image processor of model {spec!r}: {first_line(error)}") from error
     settings = processor.to_dict()
     if settings.get("do_flip_channel_order"):
-        raise ValueError(f"model {spec!r} reads BGR images: wrap it in python:<module>:<factory>")
+        raise UserError(f"model {spec!r} reads BGR images: wrap it in python:<module>:<factory>")
     # A processor normalises pixels of 0..255 times rescale_factor; mean and std here are of pixels in [0, 1].
     unit = 255 * settings["rescale_factor"] if settings.get("do_rescale") else 255.0
     normalises = settings.get("do_normalize")
@@ -240,11 +239,11 @@ def _read_image_processor(found: FoundClassifier, spec: str) -> None:
 
 
 def _load_timm(spec: str) -> FoundClassifier:
-    """`timm:<name>` with timm's published weights, or `timm:<name>?checkpoint=<file>`."""
+    """Load `timm:<name>` with timm's published weights, or `timm:<name>?checkpoint=<file>`."""
     name, _, query = spec.removeprefix("timm:").partition("?")
     key, _, file = query.partition("=")
     if query and (key != "checkpoint" or not file):
-        raise ValueError(f"model {spec!r}: expected timm:<name>?checkpoint=<file>, got {query!r} after '?'")
+        raise UserError(f"model {spec!r}: expected timm:<name>?checkpoint=<file>, got {query!r} after '?'")
     if file:
         return _load_timm_checkpoint(spec, name, file)
     from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -254,7 +253,7 @@ def _load_timm(spec: str) -> FoundClassifier:
     except ValueError:
         raise
     except Exception as error:  # no weights, no network
-        raise ValueError(
+        raise UserError(
             f"cannot download the weights of model {spec!r}: {first_line(error)}. Without a network give a local "
             f"file, timm:{name}?checkpoint=<file>, or a directory written by save_pretrained"
         ) from error
@@ -282,7 +281,7 @@ def _load_timm_checkpoint(spec: str, name: str, file: str) -> FoundClassifier:
     if missing or unexpected or shapes:
         parts = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
         listed = "; ".join(f"{len(keys)} {what}: {some_of(keys)}" for what, keys in parts.items() if keys)
-        raise ValueError(f"checkpoint {file!r} does not fit timm's {name}: {listed}")
+        raise UserError(f"checkpoint {file!r} does not fit timm's {name}: {listed}")
     model.load_state_dict(weights)
     return _describe(model, spec)
 
@@ -292,53 +291,22 @@ def _create_timm_model(name: str, **kwargs) -> nn.Module:
 
     if not name.startswith(("hf-hub:", "hf_hub:")) and not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"timm has no model {name!r}" + (f"; close ones are {', '.join(close)}" if close else ""))
+        raise UserError(f"timm has no model {name!r}" + (f"; close ones are {', '.join(close)}" if close else ""))
     return timm.create_model(name, **kwargs)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """State dict of a `.safetensors` file, or of a `.pth` file of timm, DeiT's authors or plain PyTorch.
-
-    Raises:
-        ValueError: there is no such file, or it cannot be read without running code.
-    """
-    if not path.is_file():
-        raise ValueError(f"checkpoint {str(path)!r} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training scripts store their arguments
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated, not a checkpoint, or a pickle that would run code
-        # torch's own text recommends weights_only=False: never pass that on
-        what = "it holds more than weights" if isinstance(error, pickle.UnpicklingError) else first_line(error)
-        raise ValueError(
-            f"cannot read checkpoint {str(path)!r}: {what}. Only .safetensors, and .pth files of tensors and plain "
-            "values, are read"
-        ) from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # the averaged weights first, as timm does
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"checkpoint {str(path)!r} holds no state dict")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
-
-
 def _load_python(spec: str) -> FoundClassifier:
-    """`python:<module>:<factory>`: the user's own code."""
+    """Call the user's own factory, `python:<module>:<factory>`."""
     module_name, _, factory_name = spec.removeprefix("python:").partition(":")
     if not module_name or not factory_name:
-        raise ValueError(f"model {spec!r}: expected python:<module>:<factory>")
+        raise UserError(f"model {spec!r}: expected python:<module>:<factory>")
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"model {spec!r}: {first_line(error)}. The module must be on the PYTHONPATH") from error
+        raise UserError(f"model {spec!r}: {first_line(error)}. The module must be on the PYTHONPATH") from error
     model = factory()
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model {spec!r}: the factory returned a {type(model).__name__}, expected an nn.Module")
+        raise UserError(f"model {spec!r}: the factory returned a {type(model).__name__}, expected an nn.Module")
     return _describe(model, spec)
 
 
@@ -346,16 +314,11 @@ def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:
     return tuple(map(float, values)) if values else None
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error, without its type when it has a text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-# --- what a classifier answers ---------------------------------------------------------------------------------------
+# --- outputs ---------------------------------------------------------------------------------------------------------
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """Logits from what a classifier may return: a tensor, an output with `logits`, a tuple that starts with them."""
+    """The logits in a classifier's output: a tensor, an output with `logits`, or a tuple that starts with logits."""
     if isinstance(output, Mapping):
         output = output.get("logits")
     elif isinstance(output, (tuple, list)) and output:
@@ -363,66 +326,3 @@ def logits_of(output: Any) -> Tensor | None:
     elif hasattr(output, "logits"):
         output = output.logits
     return output if isinstance(output, Tensor) else None
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the weights and their names, its first 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-# --- class names ---------------------------------------------------------------------------------------------------
-
-
-def class_names(id2label: Mapping[int, str] | None, keep_generic: bool = False) -> list[str] | None:
-    """Names in class order; None when there are none, or only the LABEL_0, LABEL_1, ... that Transformers makes up."""
-    if not id2label:
-        return None
-    by_class = {int(i): str(name) for i, name in id2label.items()}
-    if sorted(by_class) != list(range(len(by_class))):
-        keys = some_of([str(i) for i in sorted(by_class)], 5)
-        raise ValueError(f"id2label must number the classes 0 to {len(by_class) - 1}, got the keys {keys}")
-    names = [by_class[i] for i in range(len(by_class))]
-    generic = all(name == f"LABEL_{i}" for i, name in enumerate(names))
-    return names if keep_generic or not generic else None
-
-
-def class_key(name: str) -> str:
-    """What is left of a name when spellings differ: "sea_snake", "Sea snake, water snake" -> "sea snake"."""
-    return name.replace("_", " ").split(",")[0].strip().casefold()
-
-
-def class_order(own: list[str], wanted: list[str]) -> list[int] | None:
-    """For each class that is wanted its index among a classifier's own; None when they are not the same classes.
-
-    ImageNet's classes go by WordNet ids, by all their synonyms or by the first of them, and a few share a name, so
-    names that are equal in place are accepted before any permutation is looked for.
-    """
-    for key in (str, class_key):
-        ours, theirs = ([key(name) for name in _described(names)] for names in (wanted, own))
-        if ours == theirs:
-            return list(range(len(ours)))
-        if len(set(theirs)) == len(theirs) and set(ours) == set(theirs) and len(ours) == len(theirs):
-            index = {name: i for i, name in enumerate(theirs)}
-            return [index[name] for name in ours]
-    return None
-
-
-def _described(names: list[str]) -> list[str]:
-    """WordNet ids (n01440764) as their names, which timm knows; other names as they are."""
-    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
-        return names
-    from timm.data import ImageNetInfo
-
-    words = {}
-    for subset in ("imagenet-21k-goog", "imagenet-1k"):  # the second has one class that the first lacks
-        words |= ImageNetInfo(subset).label_descriptions(as_dict=True)
-    return [words.get(name, name) for name in names]
-
-
-def some_of(names: Sequence[str], count: int = 3) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

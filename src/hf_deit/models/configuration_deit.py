@@ -1,10 +1,10 @@
-"""DeiTConfig: what the network is. How it is trained is in distillation_config.py.
+"""DeiTConfig: the architecture of the network. The options of its training are in distillation_config.py.
 
 The fields are those of the Hub's `deit` configurations plus three of our own (`drop_path_rate`, `head_fusion`,
 `use_distillation_token`). The defaults are the paper's DeiT-B at 224 pixels, trained as in Table 9.
 
-On disk a plain DeiT (no distillation token) is of type `vit`, as `facebook/deit-base-patch16-224` is: the only stock
-class that computes it is the ViT.
+On disk a plain DeiT (no distillation token) is of type `vit`, as is `facebook/deit-base-patch16-224`, because the
+only stock class that computes it is the ViT.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig
 
+from ..errors import UserError
+
 
 if TYPE_CHECKING:
     from transformers import ViTConfig
 
 
-# Table 1: width and heads; 12 layers and 64 dimensions a head throughout.
+# Table 1: width and heads; 12 layers and 64 dimensions per head throughout.
 SIZES = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 
 HEAD_FUSIONS = ("softmax", "logits", "class", "distillation")
 
-# A config.json without one of these keys was written by stock Transformers. It must go on giving stock's numbers.
+# A config.json without one of these keys was written by stock Transformers, whose numbers it must reproduce.
 STOCK_VALUES = {
     "drop_path_rate": 0.0,
     "head_fusion": "logits",
@@ -55,16 +57,16 @@ class DeiTConfig(PreTrainedConfig):
     Args:
         hidden_size: width of a token.
         num_hidden_layers: number of transformer blocks.
-        num_attention_heads: heads a block; must divide `hidden_size`.
+        num_attention_heads: heads per block; must divide `hidden_size`.
         intermediate_size: width of the feed-forward layer; None is four times `hidden_size`, as in the paper.
-        hidden_act: its activation, a name Transformers knows.
+        hidden_act: activation of the feed-forward layer, by its name in Transformers.
         hidden_dropout_prob: dropout after the embeddings and on both branches of a block, in [0, 1). Paper: 0.
         attention_probs_dropout_prob: dropout of the attention weights, in [0, 1). Paper: 0.
         drop_path_rate: stochastic depth of the last block, in [0, 1), growing linearly from 0 at the first. Table 9:
             0.1.
         initializer_range: standard deviation of the truncated normal of every linear weight, token and position.
-        layer_norm_eps: epsilon of every layer norm. The authors' 1e-6; a loaded checkpoint keeps its own (stock's:
-            1e-12).
+        layer_norm_eps: epsilon of every layer norm. The default is the authors' 1e-6; a loaded checkpoint keeps its
+            own (stock's: 1e-12).
         image_size: pixels, side or `(height, width)`; must be a multiple of `patch_size`.
         patch_size: pixels, side or `(height, width)`.
         num_channels: colour channels.
@@ -73,12 +75,12 @@ class DeiTConfig(PreTrainedConfig):
         head_fusion: how the two-head classifier predicts: `"softmax"`, log of the mean of both heads' probabilities
             (section 4 of the paper); `"logits"`, mean of the logits (the authors' code and stock Transformers);
             `"class"` or `"distillation"`, one head alone.
-        encoder_stride: unused here; stock's masked-image decoder reads it.
+        encoder_stride: unused here, but read by stock's masked-image decoder.
         pooler_output_size: width of [`DeiTModel`]'s pooler; None is `hidden_size`.
-        pooler_act: its activation.
+        pooler_act: activation of the pooler.
 
     Raises:
-        ValueError: for sizes that do not divide, an unknown fusion or a rate outside its range.
+        ValueError: a size does not divide another as it must, the fusion is unknown, or a rate is out of range.
 
     Source: Table 1 and Table 9 of the paper; facebookresearch/deit models.py (epsilon).
     """
@@ -115,16 +117,16 @@ class DeiTConfig(PreTrainedConfig):
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> DeiTConfig:
-        """Table 1's `"tiny"`, `"small"` or `"base"`; keyword arguments override single fields."""
+        """The configuration of Table 1's `"tiny"`, `"small"` or `"base"`; keyword arguments override single fields."""
         if size not in SIZES:
-            raise ValueError(f"model size is {size!r}; choose one of {', '.join(SIZES)}")
+            raise UserError(f"model size is {size!r}; choose one of {', '.join(SIZES)}")
         width, heads = SIZES[size]
         fields = {"hidden_size": width, "num_attention_heads": heads}
         return cls(**(fields | overrides))
 
     @classmethod
     def from_stock(cls, config: PreTrainedConfig) -> DeiTConfig:
-        """A copy, as one of ours, of a `deit` or `vit` configuration object."""
+        """A copy of a `deit` or `vit` configuration object as a DeiTConfig."""
         if isinstance(config, cls):
             return copy.deepcopy(config)
         ours = cls.from_dict(config.to_dict())
@@ -133,19 +135,19 @@ class DeiTConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in Transformers; a `vit` is a DeiT without distillation token."""
+        """Read a configuration as in Transformers; a `vit` becomes a DeiT without distillation token."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return _vit_as_deit(config_dict), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As in Transformers; keys that only we know and stock did not write take stock's behaviour."""
+        """Make a configuration as in Transformers; keys of our own that are missing get stock's behaviour."""
         config_dict = STOCK_VALUES | _vit_as_deit(config_dict)
         if kwargs.get("num_labels") not in (None, len(config_dict.get("id2label") or ())):
             config_dict = {key: value for key, value in config_dict.items() if key not in ("id2label", "label2id")}
         loaded = super().from_dict(config_dict, **kwargs)
-        # Keyword arguments are set after construction: `from_pretrained(..., image_size=385)` must not get through,
-        # and new class names must not stand beside the file's label2id.
+        # Transformers sets keyword arguments after construction: `from_pretrained(..., image_size=385)` must still be
+        # refused, and new class names need a new label2id.
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         config.check()
         if "id2label" in kwargs:
@@ -153,7 +155,7 @@ class DeiTConfig(PreTrainedConfig):
         return loaded
 
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers, and of type `vit` where there is no distillation token."""
+        """The fields as in Transformers, with type `vit` where there is no distillation token."""
         fields = super().to_dict()
         if not self.use_distillation_token:
             fields["model_type"] = "vit"
@@ -161,52 +163,52 @@ class DeiTConfig(PreTrainedConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: the class token and, with it, the distillation token."""
+        """Number of tokens before the patches: the class token and, if used, the distillation token."""
         return 2 if self.use_distillation_token else 1
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Patches: (rows, columns)."""
+        """Number of patches: (rows, columns)."""
         (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
         return height // patch_height, width // patch_width
 
     @property
     def num_tokens(self) -> int:
-        """Prefix tokens and patches."""
+        """Number of prefix tokens and patches."""
         return self.num_prefix_tokens + math.prod(self.grid_size)
 
     def check(self) -> None:
-        """Raise ValueError where the fields do not make a network."""
+        """Raise ValueError if the fields do not describe a valid network."""
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
         for name in sizes:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}; "
-                "the paper has 64 dimensions a head"
+                "the paper has 64 dimensions per head"
             )
         image, patch = as_pair(self.image_size), as_pair(self.patch_size)
         if min(*image, *patch) < 1 or image[0] % patch[0] or image[1] % patch[1]:
             fitting = [max(1, round(side / max(part, 1))) * part for side, part in zip(image, patch, strict=True)]
-            raise ValueError(
+            raise UserError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
-                f"the nearest that fits is {fitting[0] if fitting[0] == fitting[1] else tuple(fitting)}"
+                f"the nearest valid size is {fitting[0] if fitting[0] == fitting[1] else tuple(fitting)}"
             )
         for name in ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         if self.head_fusion not in HEAD_FUSIONS:
-            raise ValueError(f"head_fusion is {self.head_fusion!r}; choose one of {', '.join(HEAD_FUSIONS)}")
+            raise UserError(f"head_fusion is {self.head_fusion!r}; choose one of {', '.join(HEAD_FUSIONS)}")
 
 
 class ViTOrPlainDeiTConfig(PreTrainedConfig):
-    """Type `vit` to the Auto classes: stock's ViTConfig itself, except from a config.json that a plain DeiT wrote.
+    """The class of type `vit` for AutoConfig: stock's ViTConfig, except for a config.json that a plain DeiT wrote.
 
-    No subclass of ViTConfig, which is imported late because its module imports the Auto classes' models.
+    It is not a subclass of ViTConfig, because ViTConfig's module imports the Auto classes' models.
 
-    Transformers looks for a checkpoint in this text when it writes the documentation of its ViT, and complains where
-    there is none: [google/vit-base-patch16-224](https://huggingface.co/google/vit-base-patch16-224).
+    Transformers requires the link to a checkpoint in this docstring when it writes the documentation of its ViT:
+    [google/vit-base-patch16-224](https://huggingface.co/google/vit-base-patch16-224).
     """
 
     model_type = "vit"
@@ -218,12 +220,12 @@ class ViTOrPlainDeiTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """A DeiTConfig where the file has our key, else stock's."""
+        """A DeiTConfig if the file has our key `use_distillation_token`, otherwise stock's ViTConfig."""
         from transformers import ViTConfig
 
         config_class = DeiTConfig if "use_distillation_token" in config_dict else ViTConfig
         return config_class.from_dict(config_dict, **kwargs)
 
 
-# The Auto classes pass over the remote code of a repository whose type is registered from outside Transformers.
+# The Auto classes ignore the remote code of a repository if its type is registered from outside Transformers.
 ViTOrPlainDeiTConfig.__module__ = "transformers.models.vit.configuration_vit"

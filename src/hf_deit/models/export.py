@@ -1,6 +1,6 @@
-"""A trained classifier as one file that runs without hf_deit: ONNX (`.onnx`) or `torch.export` (`.pt2`).
+"""Export a trained classifier as one file that runs without hf_deit: ONNX (`.onnx`) or `torch.export` (`.pt2`).
 
-The file takes normalised pixels and gives one tensor of logits, the heads already fused as the config says. It carries
+The file maps normalised pixels to one tensor of logits, with the heads fused as the config says. The file also holds
 config.json (class names, fusion) and preprocessor_config.json (how an image becomes pixels). Not here: quantisation
 and running the file (docs/export.md), other formats of checkpoints (checkpoint_conversion.py).
 
@@ -13,7 +13,6 @@ import copy
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..errors import UserError
 from .configuration_deit import as_pair
 
 
@@ -32,7 +32,7 @@ MAX_DIFFERENCE = 1e-4  # of a logit; float32 sums in another order differ by abo
 
 
 class _Fused(nn.Module):
-    """Pixels to the one tensor that is exported."""
+    """The classifier with its fused logits as the only output."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -43,10 +43,10 @@ class _Fused(nn.Module):
 
 
 def load_for_export(source: str | os.PathLike) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A DeiT or ViT classifier and its image processor, from a directory of ours or of stock, or from the Hub.
+    """Load a DeiT or ViT classifier of hf_deit or stock, and its image processor, from a directory or the Hub.
 
     Raises:
-        ValueError: it cannot be read, is no such classifier, or has a head nobody has trained.
+        ValueError: the source cannot be read, is not such a classifier, or has an untrained head.
     """
     name = os.fspath(source)
     try:
@@ -54,48 +54,48 @@ def load_for_export(source: str | os.PathLike) -> tuple[PreTrainedModel, BaseIma
         processor = AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"cannot export {name!r}: {reason}. Expected a directory or Hub id with config.json, model.safetensors "
             "and preprocessor_config.json; recipes/convert_checkpoint.py makes one from other files"
         ) from error
     if model.config.model_type not in ("deit", "vit"):
-        raise ValueError(f"{name!r} holds a model of type {model.config.model_type!r}; expected 'deit' or 'vit'")
+        raise UserError(f"{name!r} holds a model of type {model.config.model_type!r}; expected 'deit' or 'vit'")
     if report["missing_keys"]:
-        raise ValueError(f"{name!r} is not trained: {', '.join(sorted(report['missing_keys']))} are missing")
+        raise UserError(f"{name!r} is not trained: {', '.join(sorted(report['missing_keys']))} are missing")
     return model, processor
 
 
 def export_model(model: PreTrainedModel, image_processor: BaseImageProcessor, path: str | os.PathLike) -> float:
-    """Write a classifier to a `.onnx` or `.pt2` file, and compare that file with PyTorch.
+    """Write a classifier to a `.onnx` or `.pt2` file, and compare the file with PyTorch.
 
     The graph maps `pixel_values` `(batch, channels, height, width)`, float32, normalised, to `logits`
-    `(batch, classes)`, float32; the batch is free, the image is of the config's size. Precision and attention are
-    the graph's own, whatever the model uses, which stays as it is. The texts of config.json and
-    preprocessor_config.json are ONNX metadata and `extra_files` of a `.pt2`, under these names. Paths of this machine
-    are left out.
+    `(batch, classes)`, float32; the batch size is free, the image size is the config's. The graph does not depend on
+    the model's precision and attention implementation, and the model stays unchanged. The texts of config.json and
+    preprocessor_config.json become ONNX metadata, or `extra_files` of a `.pt2`, under these names. Paths of this
+    machine are left out.
 
     Args:
         model: a classifier of hf_deit, or stock's DeiT or ViT.
-        image_processor: saved beside it; it does not become part of the graph.
-        path: new file.
+        image_processor: the processor saved with the model; it does not become part of the graph.
+        path: the file to write.
 
     Returns:
         The largest difference of a logit between the file and PyTorch, at batch sizes other than the traced one.
 
     Raises:
-        ValueError: for another ending, where the packages for ONNX are missing, and where the file differs from
-            PyTorch by more than 1e-4; the file is then removed.
+        ValueError: the path has another ending, the packages for ONNX are missing, or the file differs from PyTorch
+            by more than 1e-4; the file is then removed.
     """
     path = Path(path)
     if path.suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"cannot export to {str(path)!r}: the name must end in .onnx or .pt2")
+        raise UserError(f"cannot export to {str(path)!r}: the name must end in .onnx or .pt2")
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if path.suffix == ".onnx" and missing:
-        raise ValueError(
+        raise UserError(
             f"exporting to ONNX needs {', '.join(missing)}: pip install 'hf_deit[export]', or export to .pt2"
         )
     model = copy.deepcopy(model).cpu().float().eval()
-    # To ONNX sdpa is translated, into more nodes than eager attention has.
+    # The ONNX exporter translates sdpa into more nodes than eager attention has.
     model.set_attn_implementation("eager" if path.suffix == ".onnx" else "sdpa")
     facts = _facts(model, image_processor)
     pixel_values = torch.zeros(TRACED_BATCH, model.config.num_channels, *as_pair(model.config.image_size))
@@ -106,7 +106,7 @@ def export_model(model: PreTrainedModel, image_processor: BaseImageProcessor, pa
     difference = _difference(model, load(path), pixel_values.shape[1:])
     if not difference <= MAX_DIFFERENCE:  # also where it is NaN
         path.unlink()
-        raise ValueError(
+        raise UserError(
             f"the exported {path.name} differs from PyTorch by {difference:.1e}, more than {MAX_DIFFERENCE:g}: it was "
             "removed. Try the other format, or the versions of constraints.txt"
         )
@@ -114,19 +114,17 @@ def export_model(model: PreTrainedModel, image_processor: BaseImageProcessor, pa
 
 
 def _facts(model: PreTrainedModel, image_processor: BaseImageProcessor) -> dict[str, str]:
-    """What a user of the file needs to know, by the name of the file that usually says it."""
+    """The texts of config.json and preprocessor_config.json, by these names."""
     config = model.config.to_dict()
-    config.pop("_name_or_path", None)  # where it lay on this machine
+    config.pop("_name_or_path", None)  # a path of this machine
     config["architectures"] = [type(model).__name__]
     return {"config.json": json.dumps(config), "preprocessor_config.json": image_processor.to_json_string()}
 
 
 def _trace(model: PreTrainedModel, pixel_values: Tensor) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch")
-    with warnings.catch_warnings(), torch.no_grad():
-        # Of Transformers' collector of hidden states, which is not in use.
-        warnings.filterwarnings("ignore", "While compiling, we found certain side effects", UserWarning)
-        program = torch.export.export(_Fused(model), (pixel_values,), dynamic_shapes=({0: batch},), strict=True)
+    with torch.no_grad():
+        program = torch.export.export(_Fused(model), (pixel_values,), dynamic_shapes=({0: batch},))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names files of this machine
     return program
@@ -146,7 +144,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, facts: dict[s
     from onnxscript.optimizer import optimize
 
     def logaddexp(one, other):
-        """The exporter's own is log(exp + exp), minus infinity where both heads rule a class out."""
+        """Replace the exporter's log(exp + exp), which is minus infinity if both heads rule a class out."""
         return op.Add(op.Max(one, other), op.Log(op.Add(op.Exp(op.Neg(op.Abs(op.Sub(one, other)))), 1.0)))
 
     exported = torch.onnx.export(
@@ -158,11 +156,11 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, facts: dict[s
         optimize=False,
         verbose=False,
     )
-    # Join query, key and value for good: by default large weights are left to be joined at each start.
+    # Join query, key and value in the file: by default large weights would be joined at each start of a session.
     optimize(exported.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
     ClearMetadataAndDocStringPass()(exported.model)  # the exporter's notes on every node
     for weight in exported.model.graph.initializers.values():
-        weight.shape = weight.type = None  # said by the weight itself; said twice, onnxruntime's quantiser stumbles
+        weight.shape = weight.type = None  # the weight has both; given twice, onnxruntime's quantiser fails
     exported.model.metadata_props.update(facts)
     exported.save(path)
 

@@ -1,31 +1,28 @@
 """The trainable DeiT: the network, its one-head and its two-head classifier.
 
 Tensor names are those of the Hub's `facebook/deit-*` repositories, in memory as on disk, so weights travel both ways
-between this file and stock Transformers without a conversion. What stock lacks is here: an init that trains,
-stochastic depth, `labels` and `teacher_logits`, head fusions, one QKV product, positions resized in the weights.
-Not here: the losses (losses.py), the teacher (teachers.py), foreign checkpoint formats (checkpoint_conversion.py).
+between this file and stock Transformers without a conversion. This file adds what stock lacks: an init that trains,
+stochastic depth, `labels` and `teacher_logits`, head fusions, and one QKV product.
+
+Not here: loading and resizing positions (pretrained.py), the losses (losses.py), the teacher (teachers/teacher.py),
+foreign checkpoint formats (checkpoint_conversion.py).
 
 Source: the paper, sections 3 to 5; facebookresearch/deit models.py; transformers models/deit for the tensor names.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -34,45 +31,14 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from ..errors import UserError
 from ..losses import distillation_loss
 from .auto_classes import register_models
 from .configuration_deit import DeiTConfig, as_pair
+from .pretrained import LoadsAnyDeiT, resample_positions
 
-
-logger = logging.getLogger(__name__)
 
 LABEL_SMOOTHING = 0.1  # Table 9
-# Where a checkpoint lives on the Hub; what finds its weights finds its config.json.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# What a checkpoint and a network may have one without the other: heads, stock's pooler, the distillation token, and
-# the mask token and decoder of stock's masked-image model.
-HEADS = re.compile(r"^(cls_|distillation_)?classifier\.")
-OPTIONAL = re.compile(rf"{HEADS.pattern}|(^|\.)pooler\.|(^|\.)(distillation_token|mask_token)$|^decoder\.")
-
-
-def resample_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position embeddings of another grid of patches; the very same tensor where the grids are equal.
-
-    Bicubic keeps the norm of the vectors, bilinear would shrink it (section 3 of the paper). Not antialiased and
-    `align_corners=False`, as in the authors' fine-tuning (timm antialiases, which differs when the grid shrinks).
-
-    Args:
-        positions: `(1, prefix tokens + rows * columns, width)`, any float dtype; the prefix is left untouched.
-        old_grid: (rows, columns) of `positions`.
-        new_grid: (rows, columns) wanted.
-
-    Returns:
-        `(1, prefix tokens + new rows * new columns, width)` of the same dtype.
-
-    Source: facebookresearch/deit main.py (`--finetune`).
-    """
-    if old_grid == new_grid:
-        return positions
-    num_prefix_tokens = positions.shape[1] - math.prod(old_grid)
-    prefix, patches = positions.split([num_prefix_tokens, math.prod(old_grid)], dim=1)
-    patches = patches.unflatten(1, old_grid).permute(0, 3, 1, 2).float()
-    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
-    return torch.cat([prefix, patches.flatten(2).transpose(1, 2).to(prefix.dtype)], dim=1)
 
 
 def add_branch(
@@ -88,11 +54,11 @@ def add_branch(
 
     Args:
         hidden_states: `(batch, tokens, width)`.
-        branch: returns the first `num_outputs` tokens; of all of them by default.
-        drop_path_rate: in [0, 1).
-        num_outputs: tokens that are returned, the first.
-        skip_dropped: do not compute the branch where it is dropped. The number of samples then varies from call to
-            call, which neither a compiler nor a GPU's queue likes.
+        branch: a function that returns the first `num_outputs` tokens, or all tokens if `num_outputs` is None.
+        drop_path_rate: probability in [0, 1) that a sample loses its branch.
+        num_outputs: number of tokens to return, from the first; None: all.
+        skip_dropped: do not compute the branch of samples that lose it. The number of computed samples then varies
+            from call to call, which causes recompilations and, on a GPU, waits for the device.
 
     Source: Huang et al. 2016; Table 9 of the paper; timm/layers/drop.py for the scaling.
     """
@@ -100,7 +66,7 @@ def add_branch(
     if drop_path_rate == 0.0:
         return residual + branch(hidden_states)
     keep = 1.0 - drop_path_rate
-    mask = hidden_states.new_empty(len(hidden_states), 1, 1).bernoulli_(keep)
+    mask = hidden_states.new_empty(hidden_states.shape[0], 1, 1).bernoulli_(keep)
     kept = mask.flatten().nonzero().flatten() if skip_dropped else ()
     if 0 < len(kept) < len(mask):
         return residual.index_add(
@@ -128,22 +94,22 @@ def fuse_heads(cls_logits: Tensor, distillation_logits: Tensor, head_fusion: str
 
 
 def drop_out(states: Tensor, rate: float, training: bool) -> Tensor:
-    """Dropout; not even a call where nothing is dropped, as in the paper: it is 4 % of a small layer's time."""
+    """Dropout, without a call where nothing is dropped (the paper's setting): that call is 4 % of a small layer."""
     return F.dropout(states, rate) if rate and training else states
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether using the module's weights is the same as calling it.
+    """True if using the module's weights is the same as calling the module.
 
-    Not so for adapters and quantised layers, nor where hooks gather, move or watch the weights (offloading, ZeRO-3).
+    False for adapters and quantised layers, and where hooks gather, move or watch the weights (offloading, ZeRO-3).
     """
-    return type(module) is kind and not is_watched(module) and "forward" not in module.__dict__
+    return type(module) is kind and not has_foreign_hooks(module) and "forward" not in module.__dict__
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether a hook of its own would notice work that is done otherwise, or not done.
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """True if the module has hooks that must see every forward call. Transformers' output recorders do not count.
 
-    Transformers' recorders stay in place once they were asked for; what they record is known here without them.
+    Those recorders stay installed after their first use; the model itself knows when it must record.
     """
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return any(hooks) and any(
@@ -152,12 +118,12 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def runs_eagerly_on_cpu(states: Tensor) -> bool:
-    """Where what a GPU or a compiler likes best costs time."""
+    """True in eager mode on a CPU, where skipping work beats fixed shapes and fused kernels."""
     return states.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class DeiTPatchEmbeddings(nn.Module):
-    """`(batch, channels, height, width)` pixels to `(batch, patches, width)` tokens, row by row."""
+    """Projection of `(batch, channels, height, width)` pixels to `(batch, patches, width)` tokens, row by row."""
 
     def __init__(self, config: DeiTConfig):
         super().__init__()
@@ -167,7 +133,7 @@ class DeiTPatchEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         if not is_plain(self.projection, nn.Conv2d):
             return self.projection(pixel_values).flatten(2).transpose(1, 2)
-        # Patches do not overlap, so the convolution is a matrix product, which has its result in the right order.
+        # Patches do not overlap, so the convolution is a matrix product, whose result is already in token order.
         height, width = self.projection.kernel_size
         grid = pixel_values.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # batch, channels, row, y, column, x
         patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -175,7 +141,7 @@ class DeiTPatchEmbeddings(nn.Module):
 
 
 class DeiTEmbeddings(nn.Module):
-    """Class token, distillation token and patches, with their positions."""
+    """Class token, distillation token and patches, with position embeddings added."""
 
     def __init__(self, config: DeiTConfig):
         super().__init__()
@@ -190,7 +156,7 @@ class DeiTEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         grid = self._grid_of(pixel_values, interpolate_pos_encoding)
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.projection.weight.dtype))
-        prefix = [token.expand(len(patches), -1, -1) for token in self.prefix_tokens()]
+        prefix = [token.expand(patches.shape[0], -1, -1) for token in self.prefix_tokens()]
         positions = resample_positions(self.position_embeddings, self.config.grid_size, grid)
         return drop_out(torch.cat([*prefix, patches], dim=1) + positions, self.dropout_rate, self.training)
 
@@ -200,25 +166,23 @@ class DeiTEmbeddings(nn.Module):
     def _grid_of(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
         channels, image_size = self.config.num_channels, as_pair(self.config.image_size)
         if pixel_values is None:
-            raise ValueError("pixel_values is missing: pass a (batch, channels, height, width) float tensor")
+            raise UserError("pixel_values is missing: pass a (batch, channels, height, width) float tensor")
         if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values are {pixel_values.dtype}: normalise them (ImageNet mean and std) to floats"
-            )
+            raise UserError(f"pixel_values are {pixel_values.dtype}: normalise them (ImageNet mean and std) to floats")
         if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
-            raise ValueError(
+            raise UserError(
                 f"pixel_values have shape {tuple(pixel_values.shape)}; expected (batch, {channels}, height, width)"
             )
         height, width = pixel_values.shape[-2:]
         if not interpolate_pos_encoding and (height, width) != image_size:
-            raise ValueError(
+            raise UserError(
                 f"images are {height}x{width} pixels and the model's are {image_size[0]}x{image_size[1]}: resize the "
                 f"images, call model.resize_position_embeddings(({height}, {width})), or pass "
                 "interpolate_pos_encoding=True"
             )
         patch_height, patch_width = as_pair(self.config.patch_size)
         if height % patch_height or width % patch_width:
-            raise ValueError(
+            raise UserError(
                 f"images are {height}x{width} pixels: not a multiple of the patch, {patch_height}x{patch_width}"
             )
         return height // patch_height, width // patch_width
@@ -234,7 +198,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that keeps its weights. `(batch, heads, tokens, head width)` each; softmax in float32."""
+    """Attention that returns its weights. Inputs are `(batch, heads, tokens, head width)`; softmax in float32."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -253,8 +217,11 @@ def sdpa_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """PyTorch's fused attention. Transformers' function for it prepares masks, caches and shared heads, of which DeiT
-    has none; in a small model that takes as long as the attention (measured)."""
+    """PyTorch's fused attention.
+
+    Transformers' function for fused attention prepares masks, caches and shared heads, which DeiT does not have; in a
+    small model that preparation takes as long as the attention (measured).
+    """
     context = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
     return context.transpose(1, 2), None
 
@@ -281,17 +248,18 @@ class DeiTAttention(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
 
     def query_key_value(self, hidden_states: Tensor, num_queries: int | None) -> tuple[Tensor, ...]:
-        """`(batch, tokens, width)` to three of the same shape; the query of the first `num_queries` tokens only.
+        """Query, key and value of `(batch, tokens, width)`; the query has only the first `num_queries` tokens.
 
-        One matrix product, which GPUs prefer to three small ones (not measured here) and exported graphs keep; three
-        on a CPU, which gains nothing from a larger one (measured). The parameters stay apart, as every loader,
-        optimizer, sharder and adapter knows them: joining them copies 0.4 (Ti) to 7 MB (B) a layer.
+        One matrix product computes all three, because GPUs prefer one to three small ones (not measured here) and
+        exported graphs keep it; on a CPU, which gains nothing from a larger product (measured), three products do. The
+        parameters stay separate, as every loader, optimizer, sharder and adapter knows them: joining the parameters
+        copies 0.4 (Ti) to 7 MB (B) per layer.
         """
         linears = query, key, value = list(self.attention.values())
-        asking = hidden_states if num_queries is None else hidden_states[:, :num_queries]
+        queried = hidden_states if num_queries is None else hidden_states[:, :num_queries]
         if runs_eagerly_on_cpu(hidden_states) or not all(is_plain(linear, nn.Linear) for linear in linears):
-            return query(asking), key(hidden_states), value(hidden_states)
-        alone = () if num_queries is None else (linears.pop(0)(asking),)
+            return query(queried), key(hidden_states), value(hidden_states)
+        alone = () if num_queries is None else (linears.pop(0)(queried),)
         weight = torch.cat([linear.weight for linear in linears])
         bias = torch.cat([linear.bias for linear in linears]) if self.config.qkv_bias else None
         return *alone, *F.linear(hidden_states, weight, bias).chunk(len(linears), dim=-1)
@@ -299,12 +267,12 @@ class DeiTAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, output_attentions: bool = False, num_queries: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """What every token, or each of the first `num_queries`, gathers from all of them."""
+        """Attend from every token, or the first `num_queries`, to all tokens; eager attention also returns weights."""
         query, key, value = (
             states.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for states in self.query_key_value(hidden_states, num_queries)
         )
-        # Only eager attention has weights to show.
+        # Only eager attention returns its weights.
         name = "eager" if output_attentions else self.config._attn_implementation
         backend = OWN_BACKENDS.get(name) or ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         dropout = self.dropout_rate if self.training else 0.0
@@ -330,7 +298,7 @@ class DeiTLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: Tensor, output_attentions: bool = False, num_outputs: int | None = None
     ) -> Tensor:
-        """`(batch, tokens, width)` to the same, or to the first `num_outputs` tokens: the others are not computed."""
+        """Compute `(batch, tokens, width)` of all tokens, or only of the first `num_outputs`."""
 
         def attend(states: Tensor) -> Tensor:
             context = self.attention(self.layernorm_before(states), output_attentions, num_outputs)[0]
@@ -346,25 +314,27 @@ class DeiTLayer(GradientCheckpointingLayer):
         return add_branch(hidden_states, expand, rate, num_outputs, skip_dropped)
 
     def _activate(self, states: Tensor) -> Tensor:
-        """In place where neither a gradient nor anybody else needs what was there before.
+        """Apply the activation, in place where neither a gradient nor a hook needs its input.
 
-        A CPU's fresh memory of this size costs as much as the two matrix products around it (measured): the system
-        clears it page by page.
+        On a CPU, fresh memory of this size costs as much as the two matrix products around the activation (measured),
+        because the system clears fresh memory page by page.
         """
         in_place = self.is_gelu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if in_place and is_plain(self.intermediate.dense, nn.Linear) and not is_watched(self.activation):
+        if in_place and is_plain(self.intermediate.dense, nn.Linear) and not has_foreign_hooks(self.activation):
             return torch.ops.aten.gelu_(states)
         return self.activation(states)
 
     def _may_skip(self, hidden_states: Tensor, output_attentions: bool) -> bool:
-        """Whether samples may be left out of a branch: nobody looks into it, and it costs no waiting."""
+        """True if samples may be left out of a branch: no hook or recorder sees them, and no device has to wait."""
         return (
-            runs_eagerly_on_cpu(hidden_states) and not output_attentions and not any(map(is_watched, self.modules()))
+            runs_eagerly_on_cpu(hidden_states)
+            and not output_attentions
+            and not any(map(has_foreign_hooks, self.modules()))
         )
 
 
 class DeiTPooler(nn.Module):
-    """Activated linear map of the class token, as in stock's headless model."""
+    """Linear layer and activation on the class token, as in stock's headless model."""
 
     def __init__(self, config: DeiTConfig):
         super().__init__()
@@ -375,39 +345,9 @@ class DeiTPooler(nn.Module):
         return self.activation(self.dense(hidden_states[:, 0]))
 
 
-@contextmanager
-def hold_loading_report() -> Iterator[None]:
-    """Keep Transformers' table of what did not match to ourselves, unless loading fails."""
-    loader, held = logging.getLogger("transformers.modeling_utils"), []
+class DeiTPreTrainedModel(LoadsAnyDeiT):
+    """Base of the three DeiT classes: initialisation, recorded outputs, loss, conversion."""
 
-    def hold(record: logging.LogRecord) -> bool:
-        is_report = "LOAD REPORT" in str(record.msg)
-        if is_report:
-            held.append(record)
-        return not is_report
-
-    loader.addFilter(hold)
-    try:
-        yield
-    except Exception:
-        loader.removeFilter(hold)
-        for record in held:
-            loader.handle(record)
-        raise
-    finally:
-        loader.removeFilter(hold)
-
-
-def names_of(names: Iterable[str]) -> str:
-    """Sorted, with commas; those that differ only by the number of the layer once."""
-    return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
-
-
-class DeiTPreTrainedModel(PreTrainedModel):
-    """What the three DeiT classes share: init, loading, resizing."""
-
-    config_class = DeiTConfig
-    base_model_prefix = "deit"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
@@ -420,12 +360,6 @@ class DeiTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": DeiTLayer, "attentions": DeiTAttention}
     _input_embed_layer = "patch_embeddings"
-    _head_names: dict[str, str] = {}  # another class's name of the class head, to ours
-
-    def __init__(self, config: DeiTConfig):
-        super().__init__(config)
-        if not config.use_distillation_token:
-            self.base_model_prefix = "vit"  # its name on the Hub
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -450,120 +384,20 @@ class DeiTPreTrainedModel(PreTrainedModel):
                 init.trunc_normal_(parameter, std=std)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """As in Transformers, from any DeiT or ViT checkpoint, ours or stock's, whatever heads it has.
-
-        These may differ from the checkpoint: `image_size` (the positions in the weights are resized); `num_labels` or
-        `id2label` (new heads); the class and `use_distillation_token` (the class head stays, the distillation token,
-        its position and its head are new or dropped). One logged line says what is new and what is not used.
-
-        Raises:
-            ValueError: for weights that do not fit otherwise, by name, also with `ignore_mismatched_sizes=True`. With
-                `output_loading_info=True` those that are missing or left over are the caller's to judge.
-        """
-        source, given = pretrained_model_name_or_path, isinstance(config, PreTrainedConfig)
-        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        if given:
-            config = DeiTConfig.from_stock(config)
-            image_size, num_heads = config.image_size, config.num_attention_heads
-        else:
-            image_size, num_heads = kwargs.pop("image_size", None), kwargs.get("num_attention_heads")
-        stored = {}
-        if source is not None and (image_size or num_heads):
-            # The shapes of the weights tell neither rows from columns nor the number of heads; config.json does.
-            try:
-                stored, _ = DeiTConfig.get_config_dict(source if given or config is None else config, **where)
-            except OSError:
-                if not given:
-                    raise  # else: weights alone, described by the config that came with the call
-        if num_heads and num_heads != stored.get("num_attention_heads", num_heads):
-            raise ValueError(
-                f"num_attention_heads is {num_heads}, but {source} was trained with {stored['num_attention_heads']}: "
-                "its weights would compute something else. Leave num_attention_heads out"
-            )
-        if given:
-            config.image_size = stored.get("image_size", image_size)
-        # Our names are the Hub's; the loader adds the prefix of the class.
-        names = {r"^(?:deit|vit)\.": "", **cls._head_names, **(kwargs.pop("key_mapping", None) or {})}
-        with_report = kwargs.pop("output_loading_info", False)
-        # Shapes are judged below, stricter than Transformers: its flag would let any weight start afresh.
-        kwargs |= {"key_mapping": names, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        with hold_loading_report():
-            model, report = super().from_pretrained(source, *model_args, config=config, **kwargs)
-        # Or saving would rename back what loading has renamed.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [each for each in conversions if not isinstance(each, WeightRenaming)] or None
-        if model._account_for(report, source, only_shapes=with_report):
-            files = where | {name: kwargs[name] for name in ("variant", "use_safetensors") if name in kwargs}
-            model._take_positions(source, key_mapping=names, **files)
-        if image_size:
-            model.resize_position_embeddings(image_size)
-        return (model, report) if with_report else model
-
-    def _account_for(self, report: dict[str, set], source: str | None, only_shapes: bool) -> bool:
-        """Log one line of what is new and what is not used; refuse what must not be, or only shapes that do not fit.
-
-        Returns:
-            Whether the positions are still to be taken over, without or with one for the distillation token.
-        """
-        new, unused = set(report["missing_keys"]), set(report["unexpected_keys"])
-        shapes = {name: (tuple(stored), tuple(own)) for name, stored, own in report["mismatched_keys"]}
-        positions = {name for name in shapes if name.endswith("position_embeddings")}
-        if source is None or not any(name.endswith("distillation_token") for name in new | unused):
-            positions = set()
-        new_heads = {name for name, (old, own) in shapes.items() if HEADS.search(name) and old[1:] == own[1:]}
-        misfits = {
-            "missing": names_of(name for name in new if not OPTIONAL.search(name)),
-            "not in the network": names_of(name for name in unused if not OPTIONAL.search(name)),
-            "of another shape": names_of(
-                f"{name} {old} instead of {own}"
-                for name, (old, own) in shapes.items()
-                if name not in new_heads | positions
-            ),
-        }
-        if misfits["of another shape"] or any(misfits.values()) and not only_shapes:
-            raise ValueError(
-                f"the weights of {source or 'the state dict'} do not fit {type(self).__name__} with this config: "
-                + "; ".join(f"{what}: {names}" for what, names in misfits.items() if names)
-                + ". Of a checkpoint's config only num_labels, image_size and use_distillation_token can be changed"
-            )
-        new |= new_heads
-        if positions:
-            (new if self.config.use_distillation_token else unused).add("the distillation token's position")
-        if new or unused:
-            lines = {"new, not trained": names_of(new), "not used": names_of(unused)}
-            text = "; ".join(f"{what}: {names}" for what, names in lines.items() if names)
-            logger.warning("%s from %s: %s", type(self).__name__, source or "a state dict", text)
-        return bool(positions)
-
-    @torch.no_grad()
-    def _take_positions(self, source: str, **kwargs) -> None:
-        """Those of the class token and the patches, from a checkpoint with one token more or less."""
-        config = copy.deepcopy(self.config)
-        config.use_distillation_token = not config.use_distillation_token
-        with hold_loading_report():
-            other = super(DeiTPreTrainedModel, DeiTModel).from_pretrained(
-                source, config=config, add_pooling_layer=False, **kwargs
-            )
-        old, new = other.embeddings.position_embeddings, self.base_model.embeddings.position_embeddings
-        new[:, :1] = old[:, :1]
-        new[:, self.config.num_prefix_tokens :] = old[:, config.num_prefix_tokens :]
-
-    @classmethod
     def from_original(
         cls, checkpoint: str | os.PathLike | Mapping[str, Tensor], *, image_size=None, **config
     ) -> DeiTPreTrainedModel:
         """A classifier from a checkpoint of the authors or timm (or the Hub), in evaluation mode.
 
         Args:
-            checkpoint: file, directory, Hub id or state dict; [`read_checkpoint`] says what is read, what is inferred
+            checkpoint: file, directory, Hub id or state dict; [`read_checkpoint`] documents what is read and inferred,
                 and why the fusion of two heads is the mean of their logits unless `head_fusion` is given.
-            image_size: pixels, side or `(height, width)`: resize the positions to it.
+            image_size: pixels, side or `(height, width)`, to which the positions are resized.
             config: other fields of [`DeiTConfig`], such as `num_attention_heads` or `id2label`.
 
         Raises:
-            ValueError: for what cannot be read without running code, for tensors that are missing, unexpected or of
-                another shape, and for one head where this class has two, or the reverse.
+            ValueError: the checkpoint cannot be read without running code, tensors are missing, unexpected or of
+                another shape, or the checkpoint has one head and this class two, or the reverse.
         """
         from .checkpoint_conversion import read_checkpoint
 
@@ -572,7 +406,7 @@ class DeiTPreTrainedModel(PreTrainedModel):
         wanted = DeiTForImageClassificationWithTeacher if distilled else DeiTForImageClassification
         if not issubclass(cls, wanted):
             heads = "two heads and a distillation token" if distilled else "one head and no distillation token"
-            raise ValueError(f"the checkpoint has {heads}: use {wanted.__name__}.from_original, not {cls.__name__}'s")
+            raise UserError(f"the checkpoint has {heads}: use {wanted.__name__}.from_original, not {cls.__name__}'s")
         model = cls.from_pretrained(None, config=found.config, state_dict=found.weights)
         if image_size is not None:
             model.resize_position_embeddings(image_size)
@@ -581,38 +415,14 @@ class DeiTPreTrainedModel(PreTrainedModel):
     def to_original(self) -> dict[str, Tensor]:
         """The classifier's state dict under the names of the authors and timm; see [`original_weights`].
 
-        `torch.save({"model": model.to_original()}, "deit.pth")` is a file for the authors' code.
+        `torch.save({"model": model.to_original()}, "deit.pth")` writes a file for the authors' code.
         """
         from .checkpoint_conversion import original_weights
 
         return original_weights(self.state_dict(), self.config)
 
-    def resize_position_embeddings(self, image_size: int | tuple[int, int]) -> None:
-        """Make the model one for images of `image_size` pixels: side or `(height, width)`.
-
-        The positions of the patches are resampled bicubically, those of the tokens stay, and `config.image_size`
-        follows. Nothing changes where the grid of patches is the same. Build the optimizer afterwards.
-
-        Raises:
-            ValueError: if `image_size` is not a multiple of the patch.
-
-        Source: section 3 of the paper, "fine-tuning at different resolution".
-        """
-        old_size, old_grid = self.config.image_size, self.config.grid_size
-        self.config.image_size = image_size
-        try:
-            self.config.check()
-        except ValueError:
-            self.config.image_size = old_size
-            raise
-        embeddings = self.base_model.embeddings
-        old = embeddings.position_embeddings
-        new = resample_positions(old, old_grid, self.config.grid_size)
-        if new is not old:
-            embeddings.position_embeddings = nn.Parameter(new.detach(), requires_grad=old.requires_grad)
-
     def _recorded(self, **wishes: bool | None) -> dict[str, bool]:
-        """What to record of `output_attentions` and the like: the caller's wish, else the config's."""
+        """The outputs to record (`output_attentions`, ...): as the caller wishes, or else as the config says."""
         return {name: getattr(self.config, name) if wish is None else wish for name, wish in wishes.items()}
 
     def _loss(
@@ -622,33 +432,33 @@ class DeiTPreTrainedModel(PreTrainedModel):
         labels: Tensor | None,
         teacher_logits: Tensor | None,
     ) -> Tensor | None:
-        """The paper's loss for what is at hand: eq. 3 with a teacher; without one, every head learns the true label.
+        """The paper's loss: eq. 3 with teacher logits; without them, every head learns the true label.
 
-        Labels are smoothed in training only, and only where they are classes: a distribution is used as it is.
+        Integer labels are smoothed, in training only; labels that are distributions are used unchanged.
         """
         if labels is None:
             if teacher_logits is not None:
-                raise ValueError("teacher_logits came without labels: the loss needs both")
+                raise UserError("teacher_logits were given without labels: the loss needs both")
             return None
         problem_type = self.config.problem_type
         if problem_type in ("regression", "multi_label_classification"):
             if distillation_logits is not None or teacher_logits is not None:
-                raise ValueError(
+                raise UserError(
                     f"config.problem_type is {problem_type!r}, but distillation is for images with one label each: "
                     "use DeiTForImageClassification, without a teacher"
                 )
             return self.loss_function(labels, cls_logits, self.config)
         soft = labels.is_floating_point()
         if labels.shape != (cls_logits.shape if soft else cls_logits.shape[:1]):
-            raise ValueError(
+            raise UserError(
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)} for logits {tuple(cls_logits.shape)}; "
                 "expected (batch,) integers or (batch, classes) probabilities"
             )
-        # Reading the labels would make the host wait for a GPU; there the loss itself asserts the range.
+        # On a GPU, reading the labels would make the host wait; the loss itself asserts their range there.
         if not soft and labels.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = (int(bound) for bound in labels.aminmax())
             if low < 0 or high >= cls_logits.shape[1]:
-                raise ValueError(
+                raise UserError(
                     f"labels run from {low} to {high}, but the model's {cls_logits.shape[1]} classes are numbered "
                     "from 0: set num_labels"
                 )
@@ -667,7 +477,7 @@ class DeiTModel(DeiTPreTrainedModel):
     """The network without a classifier.
 
     Args:
-        config: what to build.
+        config: the network to build.
         add_pooling_layer: whether to add stock's pooler, which the paper does not have.
     """
 
@@ -697,10 +507,10 @@ class DeiTModel(DeiTPreTrainedModel):
         Args:
             pixel_values: `(batch, channels, height, width)`, float, normalised.
             interpolate_pos_encoding: accept images of another size than the config's, for this call only.
-            output_attentions: also return `(batch, heads, tokens, tokens)` weights a layer, computed eagerly.
+            output_attentions: also return `(batch, heads, tokens, tokens)` weights per layer, computed eagerly.
             output_hidden_states: also return `(batch, tokens, width)` before the first and after each layer, unnormed.
-            prefix_only: the class and distillation token are enough. The last layer then computes no others (a
-                twelfth of the work, nearly), unless something of it is recorded or hooked.
+            prefix_only: return only the class and the distillation token. The last layer then computes no other
+                tokens, which saves nearly a twelfth of the work, unless its outputs are recorded or hooked.
 
         Returns:
             `last_hidden_state` `(batch, tokens, width)`: class token, distillation token (if any), patches row by row,
@@ -715,7 +525,7 @@ class DeiTModel(DeiTPreTrainedModel):
         for layer in layers:
             hidden_states = layer(hidden_states, **recorded)
         all_recorded = recorded | self._recorded(output_hidden_states=output_hidden_states)
-        if prefix_only and not any(all_recorded.values()) and not any(map(is_watched, last.modules())):
+        if prefix_only and not any(all_recorded.values()) and not any(map(has_foreign_hooks, last.modules())):
             recorded["num_outputs"] = self.config.num_prefix_tokens
         hidden_states = last(hidden_states, **recorded)
         hidden_states = self.layernorm(hidden_states)
@@ -726,9 +536,9 @@ class DeiTModel(DeiTPreTrainedModel):
 class DeiTForImageClassification(DeiTPreTrainedModel):
     """One linear head on the class token.
 
-    With `use_distillation_token=True` (the default) it is stock's class of this name and loads there. Without, it is
-    the plain DeiT of Table 1, in memory and on disk a ViT (`model.vit`): what it saves, stock loads as
-    `ViTForImageClassification`.
+    With `use_distillation_token=True` (the default) the model is that of stock's class of this name, which loads its
+    checkpoints. Without, the model is the plain DeiT of Table 1, in memory and on disk a ViT (`model.vit`), and stock
+    loads its checkpoints as `ViTForImageClassification`.
     """
 
     _head_names = {r"^cls_classifier\.": "classifier."}
@@ -754,7 +564,7 @@ class DeiTForImageClassification(DeiTPreTrainedModel):
         Args:
             pixel_values: `(batch, channels, height, width)`, float, normalised.
             labels: `(batch,)` integers in [0, classes), or `(batch, classes)` probabilities. A `config.problem_type`
-                of `"regression"` or `"multi_label_classification"` is honoured with stock's loss and labels.
+                of `"regression"` or `"multi_label_classification"` selects stock's loss and labels.
             teacher_logits: `(batch, classes)`; the class head then also learns the teacher's decisions (Table 3,
                 "hard").
             interpolate_pos_encoding, output_attentions, output_hidden_states: see [`DeiTModel`].
@@ -778,10 +588,10 @@ class DeiTForImageClassification(DeiTPreTrainedModel):
 
 @dataclass
 class DeiTForImageClassificationWithTeacherOutput(ModelOutput):
-    """What the two-head classifier returns.
+    """Output of the two-head classifier.
 
     Args:
-        loss: float32 scalar, where labels were given.
+        loss: float32 scalar; None without labels.
         logits: `(batch, classes)`, both heads fused as `config.head_fusion` says.
         cls_logits: `(batch, classes)` of the head on the class token.
         distillation_logits: `(batch, classes)` of the head on the distillation token.
@@ -799,8 +609,8 @@ class DeiTForImageClassificationWithTeacherOutput(ModelOutput):
 class DeiTForImageClassificationWithTeacher(DeiTPreTrainedModel):
     """Two linear heads: one on the class token, one on the distillation token, which learns from the teacher.
 
-    The teacher itself is not in here, only the head that it taught. Stock's class of this name loads what this one
-    saves, with equal `cls_logits` and `distillation_logits`; its `logits` are their mean, whatever `head_fusion` is.
+    The model does not contain the teacher. Stock's class of this name loads the checkpoints of this class, with equal
+    `cls_logits` and `distillation_logits`; stock's `logits` are the mean of the two, for every `head_fusion`.
     """
 
     _head_names = {r"^classifier\.": "cls_classifier."}
@@ -815,7 +625,7 @@ class DeiTForImageClassificationWithTeacher(DeiTPreTrainedModel):
     def __init__(self, config: DeiTConfig):
         super().__init__(config)
         if not config.use_distillation_token:
-            raise ValueError(
+            raise UserError(
                 "the two-head classifier needs the distillation token: set use_distillation_token=True, "
                 "or use DeiTForImageClassification"
             )

@@ -1,9 +1,9 @@
-"""A table of the paper as runs: which recipe with which keys, at which scale and seed, and what came of them.
+"""A table of the paper as runs: which recipe with which keys, at which scale and seed, and the results of the runs.
 
-A table (`recipes/tables/*.yaml`) names recipes and the paper's numbers, a scale (`recipes/scales/*.yaml`) says what
-changes where eight GPUs and ImageNet are not at hand. Both are data. A finished run is one small JSON file.
+A table (`recipes/tables/*.yaml`) names recipes and the paper's numbers; a scale (`recipes/scales/*.yaml`) names the
+changes for machines without eight GPUs and ImageNet. Both are data. A finished run is one small JSON file.
 
-Not here: doing the runs (`recipes/run_table.py`) and drawing (plots.py).
+Not here: starting the runs (`scheduler.py`) and drawing (`plots/tables.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import numpy as np
 import yaml
 from scipy import stats
 
+from ..arguments import ModelArguments
 from ..data.registry import REGISTRY
-from ..recipe import ModelArguments
+from ..errors import UserError
 from ..training.checkpoints import is_finished
 
 
@@ -39,17 +40,18 @@ OF_THE_STUDENT = {item.name for item in fields(ModelArguments)} - {"teacher", "t
 
 @dataclass(frozen=True)
 class Scale:
-    """What a run changes in its recipe. The fields are the keys of `recipes/scales/<name>.yaml`.
+    """The changes that a scale makes to every recipe. The fields are the keys of `recipes/scales/<name>.yaml`.
 
     Attributes:
-        epochs: factor of the recipe's `num_train_epochs` (300 if it says none).
-        image_sizes: the recipe's image size to this scale's, pixels.
-        student: keys of the student, in place of the recipe's.
-        fine_tuning: keys of a student that goes on from another, in place of the recipe's.
-        data: keys in place of those of every recipe, teachers' included.
-        unless_said: keys of every recipe that does not set them itself.
-        teachers: what a recipe's `teacher` or `teacher_recipe` is called there, to the recipe of its stand-in.
-        views_per_second: of one run at a time, for the estimate before any run is finished.
+        epochs: factor of the recipe's `num_train_epochs` (300 if the recipe has none).
+        image_sizes: from the recipe's image size to this scale's, pixels.
+        student: keys that replace those of a student's recipe.
+        fine_tuning: keys that replace those of the recipe of a student that starts from another student.
+        data: keys that replace those of every recipe, teachers' recipes included.
+        unless_said: keys added to every recipe that does not set them.
+        teachers: from the value of a recipe's `teacher` or `teacher_recipe` to the recipe of the teacher that stands
+            in for it.
+        views_per_second: speed of one run at a time, for the estimate before any run is finished.
     """
 
     name: str
@@ -63,7 +65,7 @@ class Scale:
     views_per_second: float | None = None
 
     def keys_of(self, name: str, recipe: dict) -> dict:
-        """The recipe's keys at this scale. The recipes in the folder of the scale's name have its length already."""
+        """The recipe's keys at this scale. Recipes in the folder of the scale's name already have its epochs."""
         keys = self.unless_said | recipe | self.data
         if self.epochs != 1 and not name.startswith(f"{self.name}/"):
             keys["num_train_epochs"] = float(recipe.get("num_train_epochs", 300)) * self.epochs
@@ -80,10 +82,10 @@ class Run:
     """One training run.
 
     Attributes:
-        name: folder and stem of its recipe, and the keys that a table adds: `ablations/no_erasing`.
-        seed: of weights and views.
-        keys: the whole recipe, as it is run.
-        needs: the runs whose outputs it reads: its teacher, and the student that it goes on from.
+        name: folder and stem of the recipe, and the keys that a table adds: `ablations/no_erasing`.
+        seed: seed of weights and views.
+        keys: the whole recipe of this run.
+        needs: the runs whose output directories this run reads: its teacher, and the student that it starts from.
     """
 
     name: str
@@ -105,23 +107,24 @@ class Run:
 
     @property
     def views(self) -> float | None:
-        """Views that it is trained on; None where the size of its set is not known."""
+        """Number of views in the run's training; None where the size of the dataset is unknown."""
         known = REGISTRY.get(self.keys.get("dataset_name", "imagenet-1k"))
         images = self.keys.get("max_train_samples") or (known and known.train_size)
         return images and int(images) * self.epochs
 
     @property
-    def answers(self) -> str | None:
-        """Directory for its teacher's decisions; the same for runs that ask one teacher about the same views.
+    def teacher_record(self) -> str | None:
+        """Directory of the recorded teacher outputs; runs that show one teacher the same views share it.
 
-        It lies within the teacher's own, where a run made that, so that it goes when another is to be trained. None
-        without a teacher, and for soft distillation, whose answers are larger than a disk at the paper's scale.
+        If this sweep trains the teacher, the directory is inside the teacher's `output_dir`, so that deleting the
+        teacher deletes its outputs. None without a teacher, and for soft distillation, whose outputs are larger than a
+        disk at the paper's scale.
         """
         teacher = self.keys.get("teacher")
         if teacher is None or self.keys.get("distillation_type", "hard") != "hard":
             return None
-        asked = {key: value for key, value in self.keys.items() if key not in OF_THE_STUDENT}
-        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        seen = {key: value for key, value in self.keys.items() if key not in OF_THE_STUDENT}
+        digest = hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
         made_here = teacher in [needed.keys["output_dir"] for needed in self.needs]
         scale = PurePosixPath(*PurePosixPath(self.keys["output_dir"]).parts[:2])
         return str(PurePosixPath(teacher if made_here else scale, "answers", digest))
@@ -129,7 +132,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table: a metric of a run (in percent there), and the paper's."""
+    """One number of a table: a metric of a run, and the paper's value in percent."""
 
     row: str
     column: str
@@ -140,21 +143,21 @@ class Cell:
 
 
 class Sweep:
-    """Runs of a table at a scale: what there is to do, what is done, and the table made of it.
+    """The runs of a table at a scale: those to do, the results of those done, and the table made of these.
 
     Args:
         table: `recipes/tables/<table>.yaml`: `title`, `columns` (name to `recipe`, a path beneath `recipes` with "{}"
             where the row's goes, `keys`, `metric`), `rows` (`name`, `recipe`, `keys`, `metric`; `paper`: top-1 in
-            percent, one a column, "-" for a cell that is not there; `columns`: its own in place of the table's), and
-            `leave_out`: names of the rows and columns that a scale does not run. `plot: lines`: its picture has the
-            columns as an axis.
+            percent, one per column, "-" for a cell that does not exist; `columns`: columns of this row that replace
+            the table's), and `leave_out`: names of the rows and columns that a scale does not run. `plot: lines`: the
+            picture has the columns as an axis.
         scale: `recipes/scales/<scale>.yaml`, see [`Scale`].
-        seeds: each row is run once for each.
+        seeds: each row is run once for each seed.
         recipes: the folder of recipes.
         results: the folder of finished runs; a run's file is `<scale>/<name>-seed<seed>.json`.
 
     Raises:
-        ValueError: no such table or scale, a recipe that is not there, a table without a row at that scale.
+        ValueError: the table, the scale or a recipe does not exist, or the table has no row at that scale.
     """
 
     def __init__(
@@ -176,12 +179,12 @@ class Sweep:
     def _read(self, folder: str, name: str) -> dict:
         known = sorted(path.stem for path in (self.recipes / folder).glob("*.yaml"))
         if name not in known:
-            raise ValueError(f"there is no {name!r} in recipes/{folder}; there are {', '.join(known)}")
+            raise UserError(f"there is no {name!r} in recipes/{folder}; there are {', '.join(known)}")
         return _read(self.recipes / folder / f"{name}.yaml")
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """The numbers that this scale has, row by row."""
+        """The cells of the table at this scale, row by row."""
         left_out = self._content.get("leave_out", {}).get(self.scale.name, [])
         cells = []
         for row in self._content["rows"]:
@@ -204,19 +207,19 @@ class Sweep:
                     )
                 )
         if not cells:
-            raise ValueError(
+            raise UserError(
                 f"{self.title!r} has no rows at the scale {self.scale.name!r}: choose another with --scale"
             )
         return cells
 
     def run_of(self, cell: Cell, seed: int) -> Run:
-        """The run that a cell's number comes from."""
+        """The run whose metric is the cell's number."""
         return self._run(cell.recipe, cell.keys, seed)
 
     def _run(self, recipe: str, added: dict, seed: int) -> Run:
         path = self.recipes / f"{recipe}.yaml"
         if not path.exists():
-            raise ValueError(f"{self.title!r} names recipes/{recipe}.yaml, which is not there")
+            raise UserError(f"{self.title!r} names recipes/{recipe}.yaml, which does not exist")
         keys = self.scale.keys_of(recipe, _read(path) | added)
         needs = []
 
@@ -240,7 +243,7 @@ class Sweep:
 
     @cached_property
     def runs(self) -> list[Run]:
-        """Every run once, each after what it needs, one seed after the other."""
+        """Every run once, one seed after the other, each after the runs that it needs."""
         found: dict[str, Run] = {}
 
         def add(run: Run) -> None:
@@ -253,20 +256,21 @@ class Sweep:
                 add(self.run_of(cell, seed))
         return list(found.values())
 
-    # What is done
+    # Results
 
     def path(self, run: Run) -> Path:
+        """The JSON file of the run's result."""
         return self.results / f"{run.stem}.json"
 
     def result(self, run: Run) -> dict | None:
-        """What the run left, or None: it has not been done, or with other settings."""
+        """The result of the run; None if the run is not done, or was done with other settings."""
         if not self.path(run).exists():
             return None
         result = json.loads(self.path(run).read_text("utf-8"))
         return result if result["recipe"] == run.keys else None
 
     def record(self, run: Run, metrics: dict, **facts) -> None:
-        """Writes the run's file: its settings, its metrics and `facts` about how it was done."""
+        """Write the run's file: its settings, its metrics and `facts` such as the versions of libraries."""
         path = self.path(run)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
@@ -274,15 +278,15 @@ class Sweep:
         unfinished.replace(path)
 
     def to_do(self) -> list[Run]:
-        """The runs without a result. What a run needs is done again where its files are not on this machine."""
+        """The runs without a result, and the runs that they need and whose files are not on this machine."""
         wanted = {run.stem for run in self.runs if self.result(run) is None}
-        for run in reversed(self.runs):  # what is needed stands before what needs it
+        for run in reversed(self.runs):  # a needed run comes before the runs that need it
             if run.stem in wanted:
                 wanted |= {needed.stem for needed in run.needs if not is_finished(needed.keys["output_dir"])}
         return [run for run in self.runs if run.stem in wanted]
 
     def seconds_left(self, jobs: int = 1) -> float | None:
-        """Estimate for the runs to do: from the finished ones where there are any, else from the scale's speed."""
+        """Estimated seconds of the runs to do, from the speed of the finished runs or, without any, the scale's."""
         speeds = [result["metrics"]["train_samples_per_second"] for run in self.runs if (result := self.result(run))]
         speed = float(np.median(speeds)) if speeds else self.scale.views_per_second
         views = [run.views for run in self.to_do()]
@@ -291,7 +295,7 @@ class Sweep:
         return sum(views) / speed / jobs
 
     def plan(self, jobs: int = 1) -> str:
-        """What would be run, and how long it takes, in a few lines."""
+        """The runs to do and the estimated time, in a few lines."""
         to_do = self.to_do()
         lines = [f"{self.title}: {len(self.runs)} runs, {len(self.runs) - len(to_do)} done, {len(to_do)} to do"]
         lines += [f"  {run.stem}" for run in to_do]
@@ -300,10 +304,10 @@ class Sweep:
             lines.append(f"  about {seconds / 3600:.1f} hours with {jobs} at a time")
         return "\n".join(lines)
 
-    # What came of it
+    # The table
 
     def values(self, cell: Cell) -> dict[int, float]:
-        """The cell's number by seed, percent; of the seeds that are done."""
+        """The cell's number by seed, in percent, for the seeds that are done."""
         results = {seed: self.result(self.run_of(cell, seed)) for seed in self.seeds}
         return {
             seed: 100 * result["metrics"][cell.metric]
@@ -312,11 +316,11 @@ class Sweep:
         }
 
     def points(self) -> list[tuple[str, str, list[float], float | None]]:
-        """Row, column, measured values (one a seed, percent) and the paper's number of each cell, for the picture."""
+        """Row, column, measured values (percent, one per seed) and the paper's number of each cell."""
         return [(cell.row, cell.column, list(self.values(cell).values()), cell.paper) for cell in self.cells]
 
     def markdown(self) -> str:
-        """The table: mean ± standard deviation over seeds, how many, difference from the first row, the paper's."""
+        """The table: mean ± standard deviation over seeds, number of seeds, difference from the first row, paper."""
         lines = [
             "| | | measured here | seeds | difference from the first row (95 %) | the paper's |",
             "|---|---|---|---|---|---|",
@@ -336,7 +340,7 @@ class Sweep:
 
 
 def _recipe_of(output: str) -> str | None:
-    """The recipe whose output directory that is."""
+    """The recipe whose output directory is `output`; None for any other path."""
     path = PurePosixPath(output)
     return str(path.relative_to(OUTPUTS)) if path.is_relative_to(OUTPUTS) else None
 
@@ -353,7 +357,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Mean, and half the width of its confidence interval by Student's t; nan for fewer than two values."""
+    """Mean, and half the width of its confidence interval by Student's t (nan for fewer than two values)."""
     mean, deviation = mean_and_deviation(values)
     if len(values) < 2:
         return mean, math.nan

@@ -1,6 +1,6 @@
 """Tables 1, 5 and 10 of the paper, row by row, and the names that networks have on the command line.
 
-Not here: the numbers of the tables that are run as sweeps (`recipes/tables/`), and measuring (`throughput.py`).
+Not here: the numbers of the tables that run as sweeps (`recipes/tables/`), and measuring (`throughput.py`).
 
 Source: arXiv 2012.12877, Tables 1, 5 and 10.
 """
@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+from ..errors import UserError
+from ..evaluation.report import words
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,13 @@ class PaperRow:
 
     @property
     def spec(self) -> str:
-        """What names it in `ThroughputArguments.models`."""
+        """The row's network as written in `ThroughputArguments.models`."""
         own_size = self.image_size == 224 and not self.model.startswith("timm:")
         return self.model if own_size else f"{self.model}@{self.image_size}"
 
     @property
     def family(self) -> str:
-        """Rows of one family make one line in the picture of [`tradeoff_points`]."""
+        """The family of the row; one family is one line in the picture of [`tradeoff_points`]."""
         if not self.name.startswith("DeiT"):
             return self.name.split("-")[0]
         longer = ", 1000 epochs" if "1000" in self.name else ""
@@ -92,7 +95,7 @@ PAPER_TABLES: dict[str, tuple[PaperRow, ...]] = {
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model's name taken apart: `source` is `"ours"`, `"stock"` or `"timm"`; `image_size` is None if not named."""
+    """The parts of a model's name; `source` is `"ours"`, `"stock"` or `"timm"`, `image_size` is None if not given."""
 
     source: str
     name: str
@@ -104,7 +107,7 @@ class ModelSpec:
         """`[stock:]<tiny|small|base>[-distilled][@<pixels>]` or `timm:<name>[@<pixels>]`.
 
         Raises:
-            ValueError: if it is neither.
+            ValueError: if the name has neither form.
         """
         found = re.fullmatch(r"(?:(stock):)?(tiny|small|base)(-distilled)?(?:@(\d+))?", spec)
         if found:
@@ -112,14 +115,14 @@ class ModelSpec:
         found = re.fullmatch(r"timm:([\w.]+)(?:@(\d+))?", spec)
         if found:
             return cls("timm", found[1], "_distilled" in found[1], int(found[2]) if found[2] else None)
-        raise ValueError(
+        raise UserError(
             f"model {spec!r}: expected tiny, small or base, with -distilled or @<pixels> where wanted, the same after "
             f"'stock:', timm:<name>[@<pixels>], or one of {', '.join(PAPER_TABLES)}"
         )
 
     @property
     def architecture(self) -> str:
-        """The network, as `PaperRow.model` names it, whoever wrote its code."""
+        """The network's name in `PaperRow.model`, the same for every implementation."""
         if self.source == "timm":
             found = re.match(r"deit_(tiny|small|base)_(distilled_)?patch16_", self.name)
             return f"{found[1]}-distilled" if found and found[2] else found[1] if found else f"timm:{self.name}"
@@ -127,23 +130,23 @@ class ModelSpec:
 
 
 def expand_models(models: str) -> list[str]:
-    """`ThroughputArguments.models` as single names, tables replaced by their rows, each once.
+    """The single names in `ThroughputArguments.models`, each once, tables replaced by their rows.
 
     Raises:
-        ValueError: a name that [`ModelSpec`] refuses, or none at all.
+        ValueError: [`ModelSpec`] refuses a name, or there is no name.
     """
     specs = []
-    for word in filter(None, (part.strip() for part in models.split(","))):
+    for word in words(models):
         specs += [row.spec for row in PAPER_TABLES[word]] if word in PAPER_TABLES else [word]
     for spec in specs:
         ModelSpec.parse(spec)
     if not specs:
-        raise ValueError(f"models is {models!r}; name at least one, for example tiny,timm:resnet50 or table5")
+        raise UserError(f"models is {models!r}; name at least one, for example tiny,timm:resnet50 or table5")
     return list(dict.fromkeys(specs))
 
 
 def paper_rows(name: str, image_size: int) -> list[PaperRow]:
-    """The paper's rows of a network at a size, Table 5's first; none for a name that is not [`ModelSpec`]'s.
+    """The paper's rows of a network at a size, Table 5's first; no rows for a name that [`ModelSpec`] refuses.
 
     Args:
         name: as in `expand_models`.
@@ -151,7 +154,7 @@ def paper_rows(name: str, image_size: int) -> list[PaperRow]:
     """
     try:
         architecture = ModelSpec.parse(name).architecture
-    except ValueError:  # measured from Python under a name of the user's own
+    except ValueError:  # a name that a user of the Python API chose
         return []
     rows = [row for table in ("table5", "table1", "table10") for row in PAPER_TABLES[table]]
     return [row for row in rows if (row.model, row.image_size) == (architecture, image_size)]

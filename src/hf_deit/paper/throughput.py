@@ -1,31 +1,25 @@
-"""Throughput: images per second, parameters, multiply-adds and memory of image classifiers, side by side.
+"""Measure throughput: images per second, parameters, multiply-adds and memory of image classifiers in one run.
 
 The paper's protocol: "For each model we take the largest possible batch size for the usual resolution of the model and
 calculate the average time over 30 runs to process that batch." Two things are added. The models take turns, so that a
 machine which slows down slows all of them; and float32 means float32 for every layer, while PyTorch on its own lets
 convolutions, but not matrix products, round to TF32 on a GPU, which would favour the convnets.
 
-Not here: building the models (`recipes/run_throughput.py`), the pipeline that feeds them (`benchmarks/`), the paper's
-numbers (`paper_tables.py`), the picture (`plots.py`). Nothing here is trained or loaded: the speed of a network does
-not depend on its weights.
+Not here: building the models (`recipes/run_throughput.py`), the input pipeline (`benchmarks/`), the paper's numbers
+(`tables.py`), the report (`tradeoff.py`), the picture (`plots/tables.py`). No model is trained or loaded, because the
+speed of a network does not depend on its weights.
 
 Source: arXiv 2012.12877, captions of Tables 1 and 5.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
-import os
-import platform
-import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -33,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..recipe import option
-from .tables import PAPER_TABLES, paper_rows
+from ..arguments import option
+from ..errors import UserError
+from .machine import free_memory, release_memory, resident_memory, restart_resident_peak
 
 
 logger = logging.getLogger(__name__)
@@ -47,51 +42,53 @@ WORTHWHILE = 1.05
 
 @dataclass
 class ThroughputArguments:
-    """What is measured, and how."""
+    """The models to measure, and the protocol."""
 
     models: str = option(
         "table1",
-        "With commas: tiny, small-distilled, base@384 (ours), stock:base (Transformers'), timm:resnet50@288; "
+        "Models, with commas: tiny, small-distilled, base@384 (ours), stock:base (Transformers'), timm:resnet50@288; "
         "or whole tables of the paper: table1, table5, table10.",
     )
-    reference: str | None = option(None, "The model that the ratios compare with; unset: the first.")
-    device: str | None = option(None, "'cpu', 'cuda', 'cuda:1'; unset: the GPU if there is one.")
+    reference: str | None = option(None, "Model that the ratios compare with. Unset: the first.")
+    device: str | None = option(None, "'cpu', 'cuda' or 'cuda:1'. Unset: the GPU if the machine has one.")
     precision: str = option(
         "float32",
-        "Of weights and pixels: 'float32', 'tf32' (float32, rounded products; GPU), 'bfloat16', 'float16'.",
+        "Precision of weights and pixels: 'float32', 'tf32' (float32, rounded products; GPU), 'bfloat16', 'float16'.",
     )
     torch_compile: bool = option(False, "Compile each model at its batch size.")
-    channels_last: bool = option(False, "Weights and pixels with the channel innermost: often faster for convnets.")
-    batch_size: int | None = option(None, "For all models; unset: looked for, model by model.")
-    max_batch_size: int = option(1024, "Where the search ends.")
+    channels_last: bool = option(
+        False, "Store weights and pixels with the channel innermost: often faster for convnets."
+    )
+    batch_size: int | None = option(None, "Batch size of all models. Unset: searched for each model.")
+    max_batch_size: int = option(1024, "Largest batch size of the search.")
     runs: int = option(30, "Timed batches of each model. Paper: 30.")
-    turns: int = option(5, "The runs of a model are spread over this many turns; in between the others have theirs.")
-    warm_up: int = option(2, "Batches before the timed ones of a turn.")
-    output_dir: str = option("outputs/throughput", "Gets throughput.json, throughput.md and tradeoff.png.")
+    turns: int = option(5, "Spread the runs of a model over this many turns; the models take turns.")
+    warm_up: int = option(2, "Untimed batches at the start of a turn.")
+    output_dir: str = option("outputs/throughput", "Folder for throughput.json, throughput.md and tradeoff.png.")
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
+            raise UserError(f"precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
         for name in ("batch_size", "max_batch_size", "runs", "turns"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+                raise UserError(f"{name} is {value}; it must be at least 1")
         if self.warm_up < 0:
-            raise ValueError(f"warm_up is {self.warm_up}; it must be at least 0")
+            raise UserError(f"warm_up is {self.warm_up}; it must be at least 0")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             kind = torch.device(self.device).type
         except RuntimeError as error:
-            raise ValueError(f"device is {self.device!r}; use 'cpu', 'cuda' or 'cuda:<number>'") from error
+            raise UserError(f"device is {self.device!r}; use 'cpu', 'cuda' or 'cuda:<number>'") from error
         if kind not in ("cpu", "cuda"):
-            raise ValueError(f"device is {self.device!r}; this measures on 'cpu' and 'cuda'")
+            raise UserError(f"device is {self.device!r}; throughput is measured on 'cpu' and 'cuda' only")
         if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {self.device!r}, but PyTorch sees no GPU; use --device cpu")
+            raise UserError(f"device is {self.device!r}, but PyTorch sees no GPU; use --device cpu")
         if kind == "cpu" and self.precision == "tf32":
-            raise ValueError("precision 'tf32' exists on GPUs only; use float32 or bfloat16 on the CPU")
+            raise UserError("precision 'tf32' exists on GPUs only; use float32 or bfloat16 on the CPU")
 
     @property
     def rule(self) -> str:
-        """How the batch size is chosen, in words for the reader of the table."""
+        """The rule that chose the batch size, in words for the reader of the table."""
         if self.batch_size is not None:
             return f"{self.batch_size}, given"
         if torch.device(self.device).type == "cuda":
@@ -104,18 +101,18 @@ class ThroughputArguments:
 
 @dataclass(frozen=True)
 class Throughput:
-    """What was measured of one model.
+    """The measurement of one model.
 
     Args:
-        name: as given.
-        image_size: side, pixels.
-        parameters: number of them.
+        name: name of the model, as given.
+        image_size: side of the images, pixels.
+        parameters: number of parameters.
         macs: multiply-adds in one image, each counted as one (papers often call that number FLOPs), of convolutions
             and matrix products, attention's included.
         batch_size: images in one run.
-        peak_memory: bytes of weights, pixels and activations at their highest. GPU: what PyTorch had allocated. CPU:
-            weights, and the growth of the process's resident memory in one run; None where the system is not Linux.
-        seconds: of each run.
+        peak_memory: bytes of weights, pixels and activations at their peak. GPU: the memory that PyTorch allocated.
+            CPU: the weights, and the growth of the process's resident memory in one run; None off Linux.
+        seconds: time of each run.
     """
 
     name: str
@@ -133,7 +130,7 @@ class Throughput:
 
     @property
     def median_images_per_second(self) -> float:
-        """The same with the median time: it forgives a few disturbed runs."""
+        """The batch size over the median time, which a few disturbed runs do not change."""
         return self.batch_size / statistics.median(self.seconds)
 
     @property
@@ -146,38 +143,38 @@ class Throughput:
 
 
 def measure_throughput(models: Mapping[str, tuple[nn.Module, int]], args: ThroughputArguments) -> list[Throughput]:
-    """Measure classifiers in turns.
+    """Measure classifiers, which take turns.
 
-    Each has the device's memory to itself in its turn. Gradients are off, and a run ends when the device has finished.
-    The batch size is looked for with the model as it is, before it is compiled.
+    A model has the device's memory to itself in its turn. Gradients are off, and a run ends when the device has
+    finished. The search for the batch size uses the model before compilation.
 
     Args:
-        models: by name, `(module, side of its images in pixels)`; a module takes `(batch, 3, side, side)`. They are
-            not copied: they change to `eval()` and to the precision asked for, and end on the CPU.
-        args: how; `models`, `reference` and `output_dir` are not read.
+        models: by name, `(module, side of its images in pixels)`; a module takes `(batch, 3, side, side)`. The modules
+            are not copied: they change to `eval()` and to the precision of `args`, and end on the CPU.
+        args: the protocol; `models`, `reference` and `output_dir` are not read.
 
     Raises:
-        ValueError: no models, or one of which not even a single image fits.
+        ValueError: there are no models, or not even a single image fits one of them.
     """
     if not models:
-        raise ValueError("no models to measure; give at least one")
+        raise UserError("no models to measure; give at least one")
     with _arithmetic(args):
-        contestants = [_Contestant(name, *model, args) for name, model in models.items()]
-        for contestant in contestants:
-            contestant.prepare()
+        measurements = [_Measurement(name, *model, args) for name, model in models.items()]
+        for measurement in measurements:
+            measurement.prepare()
         for turn in range(args.turns):
             count = args.runs // args.turns + (turn < args.runs % args.turns)
-            for contestant in contestants if count else ():
-                contestant.take_turn(count)
-    return [contestant.result() for contestant in contestants]
+            for measurement in measurements if count else ():
+                measurement.take_turn(count)
+    return [measurement.result() for measurement in measurements]
 
 
 def largest_batch_size(run: Callable[[int], object], at_most: int) -> int:
-    """The largest batch that `run` processes without running out of memory: doubling, then bisection.
+    """The largest batch that `run` processes without running out of memory, by doubling and then bisection.
 
     Args:
-        run: is called with batch sizes in [1, `at_most`].
-        at_most: where to stop.
+        run: a function that is called with batch sizes in [1, `at_most`].
+        at_most: largest batch size to try.
 
     Raises:
         ValueError: if a batch of one does not fit.
@@ -186,13 +183,13 @@ def largest_batch_size(run: Callable[[int], object], at_most: int) -> int:
     def fits(size: int) -> bool:
         try:
             run(size)
-        except RuntimeError as error:  # cuDNN and the CPU's allocator have no type of their own for it
+        except RuntimeError as error:  # cuDNN and the CPU's allocator raise a plain RuntimeError
             if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                 raise
             fitted = False
         else:
             fitted = True
-        _release_memory()  # out here, where the error no longer holds the tensors of the failed run
+        release_memory()  # after the except block, as the error holds the tensors of the failed run
         return fitted
 
     fitting, size = 0, 1
@@ -202,7 +199,7 @@ def largest_batch_size(run: Callable[[int], object], at_most: int) -> int:
             return size
         size = min(2 * size, at_most)
     if not fitting:
-        raise ValueError("not even one image fits the memory; choose a smaller model or image size")
+        raise UserError("not even one image fits the memory; choose a smaller model or image size")
     failing = size
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
@@ -211,14 +208,14 @@ def largest_batch_size(run: Callable[[int], object], at_most: int) -> int:
 
 
 def saturating_batch_size(trial: Callable[[int], tuple[float, int | None]], memory: int | None, at_most: int) -> int:
-    """The batch that is large enough for a CPU: doubled while that pays and fits.
+    """The batch size for a CPU: doubled while that raises the throughput and the batch fits.
 
-    A CPU does not run out of memory before it runs out of patience, so the largest batch says nothing there.
+    A CPU has so much memory that the largest batch would take too long, and says nothing about throughput.
 
     Args:
         trial: batch size -> (images per second, peak memory in bytes or None).
-        memory: bytes that a batch may take. A batch is expected to take twice what half of it took.
-        at_most: where to stop.
+        memory: bytes that a batch may take. A batch is expected to take twice the bytes of half the batch.
+        at_most: largest batch size to try.
     """
     size = 1
     rate, peak = trial(size)
@@ -231,28 +228,28 @@ def saturating_batch_size(trial: Callable[[int], tuple[float, int | None]], memo
 
 
 def count_macs(model: nn.Module, pixels: Tensor) -> int:
-    """Multiply-adds of one forward pass, each counted as one; element-wise work and normalisations are not counted."""
-    # PyTorch counts no operations in its fused attention for CPUs: let it compute attention as matrix products.
+    """Multiply-adds of one forward pass, each counted as one, without element-wise work and normalisations."""
+    # PyTorch counts no operations in its fused attention for CPUs, so attention is computed as matrix products here.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(pixels)
     return counter.get_total_flops() // 2
 
 
-class _Contestant:
-    """One model on its way through the measurement."""
+class _Measurement:
+    """The state of one model during [`measure_throughput`]."""
 
     def __init__(self, name: str, model: nn.Module, image_size: int, args: ThroughputArguments):
         self.name, self.image_size, self.args = name, image_size, args
         self.device, self.dtype = torch.device(args.device), PRECISIONS[args.precision]
         self.layout = torch.channels_last if args.channels_last else torch.contiguous_format
         self.model = model.eval().to("cpu", self.dtype)
-        if args.channels_last:  # the other direction would also undo a layout that the model chose itself
+        if args.channels_last:  # converting to contiguous would undo a layout that the model chose itself
             self.model.to(memory_format=torch.channels_last)
         self.forward: Callable[[Tensor], object] = self.model
         self.seconds: list[float] = []
 
     def prepare(self) -> None:
-        """Count, find the batch size, compile, measure the memory."""
+        """Count multiply-adds, find the batch size, compile, and measure the memory."""
         args = self.args
         with self.on_device():
             self.macs = count_macs(self.model, self.pixels(1))
@@ -261,10 +258,10 @@ class _Contestant:
             elif self.device.type == "cuda":
                 self.batch_size = largest_batch_size(self.run_once, args.max_batch_size)
             else:
-                memory = _free_memory()
+                memory = free_memory()
                 self.batch_size = saturating_batch_size(self.trial, memory and memory // 2, args.max_batch_size)
             if args.torch_compile:
-                # Without isolation the models share one cache of eight entries, and the ninth quietly stays eager.
+                # Without isolation the models share one cache of eight entries, and the ninth silently stays eager.
                 self.forward = torch.compile(self.model, dynamic=False, isolate_recompiles=True)
             self.run_once(self.batch_size)
             self.peak_memory = self.peak(self.batch_size)
@@ -293,7 +290,7 @@ class _Contestant:
             yield
         finally:
             self.model.to("cpu")
-            _release_memory()
+            release_memory()
 
     def pixels(self, batch_size: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(0)
@@ -318,7 +315,7 @@ class _Contestant:
             torch.cuda.synchronize(self.device)
 
     def trial(self, batch_size: int) -> tuple[float, int | None]:
-        """Images per second, the best of three runs of which one measures the memory, and that memory."""
+        """Images per second, by the faster of two runs, and the peak memory of a third run."""
         pixels = self.pixels(batch_size)
         seconds = min(self.run(pixels), self.run(pixels))
         del pixels
@@ -340,7 +337,7 @@ class _Contestant:
 
 @contextmanager
 def _arithmetic(args: ThroughputArguments) -> Iterator[None]:
-    """On a GPU: the same rounding in every layer, and the fastest of cuDNN's convolutions. A CPU is left as it is."""
+    """Round alike in every layer and use cuDNN's fastest convolutions on a GPU; change nothing on a CPU."""
     if torch.device(args.device).type != "cuda":
         yield
         return
@@ -354,151 +351,3 @@ def _arithmetic(args: ThroughputArguments) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.benchmark = benchmark
-
-
-def _release_memory() -> None:
-    """Give back what the last model left on a GPU, so that the next finds it as empty as it would alone."""
-    if torch.cuda.is_initialized():
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def restart_resident_peak() -> int | None:
-    """Resident bytes now, with the system's record of their peak begun anew; None where Linux does not do that."""
-    with suppress(AttributeError, OSError, TypeError):  # freed pages that glibc keeps would hide a growth
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return resident_memory("VmRSS")
-    except OSError:
-        return None
-
-
-def resident_memory(key: str) -> int:
-    """`VmRSS`, resident now, or `VmHWM`, at its peak; bytes."""
-    return _kilobytes("/proc/self/status", key)
-
-
-def _free_memory() -> int | None:
-    """Bytes that programs may still take; None where the system is not Linux."""
-    try:
-        return _kilobytes("/proc/meminfo", "MemAvailable")
-    except OSError:
-        return None
-
-
-def _kilobytes(file: str, key: str) -> int:
-    return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", Path(file).read_text(), re.MULTILINE)[1])
-
-
-# --- beside the paper ------------------------------------------------------------------------------------------------
-
-
-def throughput_rows(results: Sequence[Throughput], reference: str | None = None) -> list[dict]:
-    """Results ready for JSON, beside the paper's.
-
-    Args:
-        results: of one run: models of two runs did not take turns.
-        reference: name of the model that `ratio` compares with; the first if None.
-
-    Returns:
-        For each result its fields and `images_per_second`, `median_images_per_second`, `spread`, `ratio` (images per
-        second over the reference's) and `paper_images_per_second` (None where the paper has none).
-
-    Raises:
-        ValueError: if the reference is none of them.
-    """
-    by_name = {result.name: result for result in results}
-    reference = results[0].name if reference is None else reference
-    if reference not in by_name:
-        raise ValueError(f"reference is {reference!r}; it must be one of those measured: {', '.join(by_name)}")
-    base = by_name[reference].images_per_second
-    rows = []
-    for result in results:
-        paper = paper_rows(result.name, result.image_size)
-        figures = {
-            "images_per_second": result.images_per_second,
-            "median_images_per_second": result.median_images_per_second,
-            "spread": result.spread,
-            "ratio": result.images_per_second / base,
-            "paper_images_per_second": paper[0].images_per_second if paper else None,
-        }
-        rows.append(asdict(result) | figures)
-    return rows
-
-
-def throughput_table(rows: Sequence[Mapping], args: ThroughputArguments) -> str:
-    """The rows of [`throughput_rows`] as Markdown, below the words a reader needs to judge them."""
-    reference = args.reference or rows[0]["name"]
-    titles = ["model", "pixels", "params (M)", "GMACs", "batch", "images/s", "median", "spread", f"x {reference}"]
-    titles += ["memory (MB)", "images/s, the paper's V100"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" + "|---:" * (len(titles) - 1) + "|"]
-    for row in rows:
-        memory, paper = row["peak_memory"], row["paper_images_per_second"]
-        cells = [
-            *(row["name"], str(row["image_size"]), f"{row['parameters'] / 1e6:.1f}", f"{row['macs'] / 1e9:.2f}"),
-            *(str(row["batch_size"]), f"{row['images_per_second']:.1f}", f"{row['median_images_per_second']:.1f}"),
-            *(f"{row['spread']:.1%}", f"{row['ratio']:.3f}"),
-            "not measured" if memory is None else f"{memory / 1e6:.0f}",
-            "-" if paper is None else f"{paper:g}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    how = ", ".join(
-        [args.precision, "compiled" if args.torch_compile else "eager"] + ["channels last"] * args.channels_last
-    )
-    notes = [
-        f"Measured here: {_device_name(args.device)}, {how}, forward pass without gradients.",
-        f"images/s: batch over the mean time of {args.runs} runs in {args.turns} turns (median: over the median time; "
-        "spread: interquartile range of the times over their median). The last column is the paper's.",
-        f"Batch size: {args.rule}. GMACs: 10^9 multiply-adds an image, each counted as one. Memory: weights, pixels "
-        "and activations at their peak.",
-    ]
-    return "\n\n".join([*notes, "\n".join(lines)]) + "\n"
-
-
-def describe_machine(device: str) -> dict[str, str | int | float | None]:
-    """What a reader needs to repeat a measurement: device, threads, other work on the machine, PyTorch's version."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return {
-        "device": _device_name(device),
-        "threads": torch.get_num_threads(),
-        "load_average": load,
-        "torch": torch.__version__,
-    }
-
-
-def _device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = None
-    with suppress(OSError):
-        name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    threads = torch.get_num_threads()
-    return f"{name[1] if name else platform.machine()}, {threads} thread{'s' * (threads > 1)}"
-
-
-def tradeoff_points(rows: Sequence[Mapping]) -> list[dict]:
-    """Figure 1: throughput measured here against the paper's top-1, for every row of Table 5 that was measured.
-
-    EfficientNets of RandAugment are left out: their marks would lie on those of the same networks without it.
-
-    Args:
-        rows: of [`throughput_rows`]. Of two implementations of one network the first counts.
-
-    Returns:
-        `label`, `family`, `images_per_second`, `top1` (fraction in [0, 1], the paper's) for each.
-    """
-    points = {}
-    for row in rows:
-        for paper in paper_rows(row["name"], row["image_size"]):
-            if paper in PAPER_TABLES["table5"] and not paper.name.endswith(" RA"):
-                points.setdefault(
-                    paper.name,
-                    {
-                        "label": paper.name,
-                        "family": paper.family,
-                        "images_per_second": row["images_per_second"],
-                        "top1": round(paper.imagenet / 100, 4),
-                    },
-                )
-    return list(points.values())

@@ -1,9 +1,10 @@
 """Teachers: frozen image classifiers whose logits a DeiT learns from.
 
-`load_teacher` turns a spec, or several, into a `Teacher`, which takes the student's pixels and answers in the
+`load_teacher` turns a spec, or several, into a `Teacher`, which takes the student's pixels and returns logits in the
 student's class order.
 
-Not here: the forms of a spec (`classifiers.py`), the distillation losses (`losses.py`) and the training of a teacher
+Not here: the forms of a spec (`models/classifiers.py`), what every frozen classifier shares
+(`models/frozen_classifier.py`), the distillation losses (`losses.py`) and the training of a teacher
 (`recipes/run_teacher.py`).
 
 Source: paper, section 4 (a teacher is "a convnet, or a mixture of classifiers"; in fine-tuning it works at the
@@ -17,26 +18,18 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.classifiers import (
-    ACCEPTED_FORMS,
-    FoundClassifier,
-    Spec,
-    class_key,
-    class_names,
-    class_order,
-    find_classifier,
-    fingerprint,
-    first_line,
-    logits_of,
-    some_of,
-)
+from ..errors import UserError
+from ..models.class_names import class_names
+from ..models.classifiers import ACCEPTED_FORMS, FoundClassifier, Spec, find_classifier, logits_of
 from ..models.configuration_deit import as_pair
+from ..models.frozen_classifier import FrozenClassifier
 from .batch_norm_folding import fold_batch_norms
 
 
@@ -58,17 +51,17 @@ def load_teacher(
     """Load one or several classifiers as one frozen teacher for a given student.
 
     Args:
-        spec: a directory, a Hub id, `timm:<name>[?checkpoint=<file>]`, `python:<module>:<factory>` or a module (it is
-            not copied, but frozen in place); see [`find_classifier`]. Of a list, or a string of them with commas, the
-            teachers average their probabilities. Batch norms of what is loaded here are folded into the convolutions
-            before them; a module is left as it is.
-        id2label: the student's class names; None when unknown, then classes are taken in the teacher's order.
-        mean: per channel, of pixels in [0, 1]: what the student's pixels are normalised with.
-        std: likewise.
-        image_size: feed the teacher at this size, `side` or `(height, width)`. By default it sees the student's
-            resolution, or its own when it accepts no other.
-        device: where it runs; by default where its weights are.
-        dtype: autocast to this type; by default bfloat16 on a GPU that has it, float32 elsewhere.
+        spec: a directory, a Hub id, `timm:<name>[?checkpoint=<file>]`, `python:<module>:<factory>`, or a module, which
+            is frozen in place and not copied; see [`find_classifier`]. A list, or a string with commas, makes a
+            mixture that averages the teachers' probabilities. Batch norms of a model that is loaded here are folded
+            into the convolutions before them; a module keeps its batch norms.
+        id2label: the student's class names. None means unknown names: the classes keep the teacher's order.
+        mean: per channel, of pixels in [0, 1]: the mean that the student's pixels are normalised with.
+        std: per channel, likewise the standard deviation.
+        image_size: resize the pixels to this size for the teacher, `side` or `(height, width)`. By default the teacher
+            sees the student's resolution, or its own when it accepts no other.
+        device: where the teacher runs; by default where its weights are.
+        dtype: autocast to this type; by default bfloat16 on a GPU that supports bfloat16, float32 elsewhere.
         compile: `torch.compile` each model.
         trust_class_order: do not compare class names: the teacher's class i is the student's class i.
 
@@ -85,10 +78,11 @@ def load_teacher(
         found = find_classifier(one)
         member = _Member(found, mean, std, image_size, device, dtype, folds=not isinstance(one, nn.Module))
         names = names or found.names  # several teachers of a nameless student follow the first
-        member.match_classes(names, num_labels, trust_class_order)
+        matched = member.match_classes(names, num_labels, trust_class_order)
+        logger.info("teacher %s: its %d classes are matched %s", member.name, member.num_labels, matched)
         if members and member.num_labels != members[0].num_labels:
-            raise ValueError(
-                f"teachers {members[0].name!r} and {member.name!r} know {members[0].num_labels} and "
+            raise UserError(
+                f"teachers {members[0].name!r} and {member.name!r} have {members[0].num_labels} and "
                 f"{member.num_labels} classes: a mixture needs the same classes"
             )
         if compile:
@@ -103,25 +97,64 @@ def _split(spec: Spec | Sequence[Spec]) -> list[Spec]:
     else:
         specs = list(spec) if isinstance(spec, (list, tuple)) else [spec]
     if not specs:
-        raise ValueError(f"no teacher in {spec!r}. {ACCEPTED_FORMS}")
+        raise UserError(f"no teacher in {spec!r}. {ACCEPTED_FORMS}")
     return specs
+
+
+class TeacherOutputs(Protocol):
+    """What the trainer needs of what teaches a student: a [`Teacher`], one that is recorded, or a record alone.
+
+    Attributes:
+        name: of the teacher.
+        sha256: fingerprint of its weights, 16 hexadecimal digits.
+        num_parameters: of its networks together.
+        classifier: the network, where it is in memory; its accuracy is that of this.
+        replays: what is replayed from a record, in words; None where the network itself is run.
+    """
+
+    name: str
+    sha256: str
+    num_parameters: int
+    replays: str | None
+
+    @property
+    def classifier(self) -> Teacher | None: ...
+
+    def __call__(self, pixel_values: Tensor, view_ids: np.ndarray | None = None) -> Tensor:
+        """Logits `(batch, classes)` float32 in the student's order; from a record also decisions `(batch,)` int64.
+
+        Args:
+            pixel_values: float `(batch, 3, height, width)`, normalised with the student's mean and std.
+            view_ids: `(batch, 2)` int64, epoch and position of each view, on the host.
+        """
+        ...
+
+    def commit(self, steps: int) -> None:
+        """Make sure that everything up to this optimiser step is on the disk; the trainer calls it on every rank."""
+        ...
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        ...
 
 
 class Teacher(nn.Module):
     """One frozen classifier, or the average of several, seen from a student. Made by `load_teacher`.
 
-    It is always in `eval()`, whatever the trainer around it says. Its weights are invisible to PyTorch's module tree
-    (`parameters()` and `state_dict()` are empty), so no optimizer, DDP wrapper or checkpoint can pick them up, even
-    when the teacher is stored as an attribute of the student; `to()` moves them nevertheless.
+    A teacher stays in `eval()`, also when a trainer calls `train()` on it. Its weights are invisible to PyTorch's
+    module tree (`parameters()` and `state_dict()` are empty), so no optimizer, DDP wrapper or checkpoint can pick them
+    up, even when the teacher is stored as an attribute of the student; `to()` moves the weights nevertheless.
 
     Attributes:
         models: the classifiers themselves.
         name: the spec, or the class name of a module; joined by " + " in a mixture.
         num_labels: number of classes.
-        num_parameters: of all classifiers together.
+        num_parameters: number of parameters of all classifiers together.
         sha256: fingerprint of the weights, 16 hexadecimal digits.
-        id2label: class names of the logits, None when neither side has any.
+        id2label: class names of the logits, None when neither teacher nor student has names.
     """
+
+    replays = None
 
     def __init__(self, members: Sequence[_Member], id2label: dict[int, str] | None):
         super().__init__()
@@ -135,15 +168,28 @@ class Teacher(nn.Module):
         self.id2label = id2label
         super().train(False)
 
+    @property
+    def classifier(self) -> Teacher:
+        """Itself; see [`TeacherOutputs`]."""
+        return self
+
+    def commit(self, steps: int) -> None:
+        """Nothing is recorded; see [`TeacherOutputs`]."""
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        return f"{self.name}, {self.num_parameters / 1e6:.2f}M parameters"
+
     @torch.no_grad()  # not inference_mode: its tensors may not be saved for the student's backward
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, view_ids: np.ndarray | None = None) -> Tensor:
         """Class logits in the student's order.
 
         Args:
             pixel_values: float `(batch, 3, height, width)`, normalised with the student's mean and std.
+            view_ids: not used; see [`TeacherOutputs`].
 
         Returns:
-            float32 `(batch, num_labels)` without gradient. A mixture answers with the log of the mean probability.
+            float32 `(batch, num_labels)` without gradient; for a mixture the log of the mean probability.
         """
         if len(self._members) == 1:
             return self._members[0](pixel_values)
@@ -163,16 +209,17 @@ class Teacher(nn.Module):
         return f"{self.name!r}, num_labels={self.num_labels}, num_parameters={self.num_parameters:,}"
 
 
-class _Member(nn.Module):
-    """A frozen classifier that reads the student's pixels and answers in the student's class order."""
+class _Member(FrozenClassifier):
+    """A frozen classifier that reads the student's pixels and returns logits in the student's class order."""
+
+    role = "teacher"
+    owner_of_classes = "student"
+    remedy = "Fine-tune the teacher on the student's dataset first: recipes/run_teacher.py"
 
     def __init__(self, found: FoundClassifier, mean, std, image_size, device, dtype, folds: bool):
-        super().__init__()
-        self.name, self.names, self.dtype = found.name, found.names, dtype
-        self.model = found.model.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
-        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.sha256 = fingerprint(self.model)
-        device = next((p.device for p in self.model.parameters()), device)
+        super().__init__(found, device)
+        self.dtype = dtype
+        device = self.device
 
         mean, std = tuple(map(float, mean)), tuple(map(float, std))
         own_mean, own_std = found.mean or mean, found.std or std
@@ -183,99 +230,54 @@ class _Member(nn.Module):
             shift = torch.tensor([[[(m - own_m) / own_s]] for m, _, own_m, own_s in channels], device=device)
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
-        self.register_buffer("class_order", None)
 
-        self.image_size = as_pair(image_size) if image_size else None  # None: as it comes
+        self.image_size = as_pair(image_size) if image_size else None  # None: the size of the student's pixels
         size = self.image_size or found.image_size or (224, 224)
-        self.num_labels = self._probe(size, device).shape[1]
-        if self.image_size is None and self._is_fixed(found, size, device):
+        self.num_labels = logits_of(self.probe(size)).shape[1]
+        if self.image_size is None and self._is_fixed(found, size):
             self.image_size = size
-        folded = self._fold(size, device) if folds else 0
+        folded = self._fold(size) if folds else 0
         logger.info(
             "teacher %s: pixels of mean %s, std %s, at %s; %d batch norms folded",
             *(self.name, own_mean, own_std, self.image_size or "any size", folded),
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        if self.model.training:  # someone held on to the bare model
+        if self.model.training:  # a caller that kept the bare model may have switched it to training
             self.model.eval()
         pixels = pixel_values.float()
         if self.scale is not None:
             pixels = pixels * self.scale + self.shift
         if self.image_size is not None and pixels.shape[-2:] != self.image_size:
             pixels = F.interpolate(pixels, size=self.image_size, mode="bicubic", antialias=True)
-        logits = logits_of(self._run(pixels)).float()
-        return logits if self.class_order is None else logits.index_select(1, self.class_order)
+        return self.in_wanted_order(logits_of(self.run(pixels)).float())
 
-    def _run(self, pixels: Tensor) -> Any:
-        kind = pixels.device.type
+    def run(self, pixel_values: Tensor) -> Any:
+        kind = pixel_values.device.type
         dtype = self.dtype
         if dtype is None:
             has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if has_bfloat16 else torch.float32
         with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
-            return self.model(pixels.contiguous(memory_format=torch.channels_last))
+            return self.model(pixel_values.contiguous(memory_format=torch.channels_last))
 
-    @torch.no_grad()
-    def _probe(self, size: tuple[int, int], device) -> Tensor:
-        """Logits of a blank image: refuses at load time what would fail in the first training step."""
-        try:
-            output = self._run(torch.zeros(1, 3, *size, device=device))
-        except Exception as error:  # whatever the foreign forward raises
-            raise ValueError(
-                f"teacher {self.name!r} could not read a blank 3x{size[0]}x{size[1]} image ({first_line(error)}); "
-                "if it takes another size, pass image_size"
-            ) from error
-        logits = logits_of(output)
-        if logits is None or logits.ndim != 2:
-            got = f"a tensor of shape {tuple(logits.shape)}" if logits is not None else f"a {type(output).__name__}"
-            raise ValueError(
-                f"teacher {self.name!r} returns no class logits: got {got} for one image, expected (1, classes). "
-                "Give a classifier, not a feature extractor"
-            )
-        return logits
-
-    def _fold(self, size: tuple[int, int], device) -> int:
+    def _fold(self, size: tuple[int, int]) -> int:
         noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-        pixels = noise.to(device, memory_format=torch.channels_last)
+        pixels = noise.to(self.device, memory_format=torch.channels_last)
         return fold_batch_norms(self.model, lambda: logits_of(self.model(pixels)))
 
-    def _is_fixed(self, found: FoundClassifier, size: tuple[int, int], device) -> bool:
+    def _is_fixed(self, found: FoundClassifier, size: tuple[int, int]) -> bool:
         if found.fixed_size is not None or found.image_size is None:
             return bool(found.fixed_size)
         try:
-            self._probe((size[0] + 32, size[1] + 32), device)
+            self.probe((size[0] + 32, size[1] + 32))
         except ValueError:
             return True
         return False
 
-    def match_classes(self, names: list[str] | None, num_labels: int | None, trust_class_order: bool) -> None:
-        """Re-order the teacher's classes to the student's, or refuse."""
-        fix = "Fine-tune the teacher on the student's dataset first: recipes/run_teacher.py"
-        if num_labels is not None and self.num_labels != num_labels:
-            shown = [(self.names, self.num_labels), (names, num_labels)]
-            teacher, student = (f" ({some_of(side)})" if side and len(side) == n else "" for side, n in shown)
-            raise ValueError(
-                f"teacher {self.name!r} answers with {self.num_labels} classes{teacher}, the student has {num_labels}"
-                f"{student}. {fix}"
-            )
+    def _check_count(self, names: Sequence[str] | None, num_labels: int | None) -> None:
+        super()._check_count(names, num_labels)
         if self.names and len(self.names) != self.num_labels:
-            count = len(self.names)
-            raise ValueError(f"teacher {self.name!r} names {count} classes but answers with {self.num_labels}")
-        if trust_class_order or not (self.names and names):
-            logger.info("teacher %s: class names not compared, taken in the student's order", self.name)
-            return
-        order = class_order(self.names, names)
-        if order is None:
-            known, wanted = set(map(class_key, self.names)), set(map(class_key, names))
-            extra = [name for name in self.names if class_key(name) not in wanted] or self.names
-            missing = [name for name in names if class_key(name) not in known] or names
-            raise ValueError(
-                f"teacher {self.name!r} has other classes than the student: {len(self.names)}, such as "
-                f"{some_of(extra)}, against {len(names)}, such as {some_of(missing)}. {fix}; or pass "
-                "trust_class_order=True if only the spelling differs"
+            raise UserError(
+                f"teacher {self.name!r} names {len(self.names)} classes, but its logits have {self.num_labels}"
             )
-        if order != list(range(len(names))):
-            device = next((p.device for p in self.model.parameters()), None)
-            self.class_order = torch.tensor(order, device=device)
-            logger.info("teacher %s: its %d classes are re-ordered to the student's", self.name, len(names))

@@ -20,6 +20,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..durable import flush
+from ..errors import UserError
+
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ UNFINISHED = "_unfinished"
 HISTORY = "trainer_state.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written, or is not what was written."""
 
 
@@ -232,15 +235,6 @@ def _files(folder: Path) -> list[Path]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Has the system put a file, or a folder's entries, on the disk before what follows."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _line(error: Exception) -> str:

@@ -8,34 +8,32 @@ mixing.py; the card and the Hub are in publishing.py, checkpoints in resuming.py
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import DistributedType
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ..augmentation.mixing import Mixing, normalize
-from ..data.bad_images import BadImages
+from ..data.labels import CheckedLabels, check_labels
 from ..data.repeated_augmentation import RepeatedAugmentationSampler
 from ..data.views import collate_views
+from ..errors import UserError, refusals_of_libraries
 from ..evaluation.metrics import TopKAccuracy, three_head_accuracy, top_classes
 from ..losses import distillation_loss
 from ..models.configuration_deit import DeiTConfig
-from ..plots.style import plot_run
-from ..recipe import DataArguments
-from ..teachers.record import RecordingTeacher, ReplayedTeacher, fingerprint_of_run
+from ..teachers.fingerprint import fingerprint_of_views
+from ..teachers.recording import RecordingTeacher
+from ..teachers.replaying import ReplayedTeacher
+from ..teachers.teacher import Teacher, TeacherOutputs
+from . import run
 from .distillation_config import DistillationConfig
-from .ema import ExponentialMovingAverage
-from .health import CheckedLabels, Health, check_labels
-from .publishing import Publishing, UnwrittenToken, hub_failures_told
-from .resuming import Resuming
+from .health import Health
+from .publishing import PublishingTrainer, UnwrittenToken, hub_failures_told
 
 
 logger = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedTyp
 NOT_DECAYED = (r"bias", r"(^|\.)[a-z_]*norm[a-z_]*(\.|$)", r"cls_token", r"position_embeddings|pos_embed")
 
 
-class DistillationTrainer(Publishing, Resuming, Trainer):
+class DistillationTrainer(PublishingTrainer):
     """Trains an image classifier, with or without a teacher.
 
     Args:
@@ -59,9 +57,7 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
             `(batch, 3, height, width)`, uint8 or normalised float32, and `labels` `(batch,)` int64.
         eval_dataset: [`EvalViews`], or the like.
         mean, std: per channel, to normalise uint8 pixels with; by default the processing_class's.
-        data_args: what the images are called, for the model card.
-        command: words of the command line that started the run, for the model card.
-        **kwargs: as for `Trainer`.
+        **kwargs: `data_args` and `command`, see [`PublishingTrainer`]; the rest as for `Trainer`.
 
     Raises:
         ValueError: the distillation type needs a teacher and there is none; the model's distillation head would learn
@@ -84,66 +80,82 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
         std: tuple[float, float, float] | None = None,
         data_collator: Callable = collate_views,
         compute_metrics: Callable = three_head_accuracy,
-        data_args: DataArguments | None = None,
-        command: Sequence[str] = (),
         **kwargs,
     ):
         if args.hub_token is not None:
             args.hub_token = UnwrittenToken(args.hub_token)
         num_labels = model.config.num_labels
         data_collator = CheckedLabels(data_collator, num_labels)
-        with hub_failures_told(args, lambda: "Training has not begun: mend it first"):
+        with refusals_of_libraries(), hub_failures_told(args, lambda: "Training has not begun: mend it first"):
             super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
         self._check_heads_and_teacher(teacher)
+        self._check_best_metric(compute_metrics)
         for part, dataset in (("training", self.train_dataset), ("evaluation", self.eval_dataset)):
             check_labels(getattr(dataset, "images", ()), num_labels, part)
-        self.teacher = teacher.to(args.device) if teacher is not None else None
         if mean is None or std is None:
             if self.processing_class is None:
-                raise ValueError("how pixels are normalised is not known: pass processing_class, or mean and std")
+                raise UserError("how pixels are normalised is not known: pass processing_class, or mean and std")
             mean, std = self.processing_class.image_mean, self.processing_class.image_std
-        self.record = self.replay = None
-        fingerprint = partial(
-            fingerprint_of_run, args, self.train_dataset, mean, std, [*model.config.id2label.values()]
-        )
-        if args.teacher_record is not None:
-            self.record = RecordingTeacher(self.teacher, args, fingerprint)
-            self.add_callback(self.record)
-        if args.teacher_replay is not None:
-            self.replay = ReplayedTeacher(args, fingerprint, self.teacher)
-            self.add_callback(self.replay)
-        taught_by = self.replay or teacher
+        self.teacher = self._recorded_or_replayed(teacher.to(args.device) if teacher is not None else None, mean, std)
+        if isinstance(self.teacher, TrainerCallback):
+            self.add_callback(self.teacher)
         self.health = Health(
             num_labels,
-            teacher=taught_by.name if taught_by is not None else None,
+            teacher=self.teacher.name if self.teacher is not None else None,
             id2label=model.config.id2label,
             quiet=not self.is_world_process_zero(),
         )
         self.mixing = Mixing(num_labels, mean, std, **args.mixing_options())
-        self.ema = None
-        if args.ema_decay is not None:
-            self.ema = ExponentialMovingAverage(args.ema_decay)
-            self.add_callback(self.ema)
-        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())  # later they may be sharded
         self._loss_sums: dict[str, Tensor] = {}
         self._batches_summed = 0
-        self.data_args = data_args or DataArguments(dataset_name=None)
-        self.command = command
-        self._accuracy: dict[str, float] = {}
-        self._teacher_accuracy: dict[str, float] = {}
+
+    def _recorded_or_replayed(
+        self, teacher: Teacher | None, mean: Sequence[float], std: Sequence[float]
+    ) -> TeacherOutputs | None:
+        args, names = self.args, [*self.model.config.id2label.values()]
+        fingerprint = partial(fingerprint_of_views, self.train_dataset, args.view_settings(), mean, std, names)
+        kind, batch_size = args.distillation_type, args.train_batch_size
+        if args.teacher_replay is not None:
+            return ReplayedTeacher(
+                fingerprint, directory=args.teacher_replay, kind=kind, batch_size=batch_size, teacher=teacher
+            )
+        if args.teacher_record is not None:
+            return RecordingTeacher(
+                teacher,
+                fingerprint,
+                directory=args.teacher_record,
+                kind=kind,
+                top_k=args.teacher_top_k,
+                batch_size=batch_size,
+                device=args.device,
+            )
+        return teacher
 
     def _check_heads_and_teacher(self, teacher: nn.Module | None) -> None:
         kind = self.args.distillation_type
         if kind in ("hard", "soft") and teacher is None and self.args.teacher_replay is None:
-            raise ValueError(
+            raise UserError(
                 f"distillation_type is {kind!r} and there is no teacher: name one with teacher, or the record of one "
                 "with teacher_replay, or set distillation_type to 'none' (labels only) or 'label' (both heads learn "
                 "the labels)"
             )
         if kind == "none" and hasattr(self.model, "distillation_classifier"):
-            raise ValueError(
+            raise UserError(
                 "distillation_type is 'none' and the model has a distillation head, which would stay untrained: use "
                 "DeiTForImageClassification (use_distillation_token: false), or distillation_type 'label'"
+            )
+
+    def _check_best_metric(self, compute_metrics: Callable) -> None:
+        metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        known = ["loss", "top1", "top5"]
+        if hasattr(self.model, "distillation_classifier"):
+            known += [f"{head}_{rate}" for head in ("class", "distillation") for rate in ("top1", "top5")]
+        if self.ema is not None:
+            known += [f"ema_{name}" for name in known]
+        if compute_metrics is three_head_accuracy and metric not in known:
+            raise UserError(
+                f"metric_for_best_model is {self.args.metric_for_best_model!r}; an evaluation reports "
+                f"{', '.join(known)}" + (". Accuracy is 'top1'" if metric == "accuracy" else "")
             )
 
     # The order of the views
@@ -152,7 +164,7 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         batch_size = self.get_total_train_batch_size(self.args)
         if len(dataset) < batch_size:
-            raise ValueError(
+            raise UserError(
                 f"one step takes {batch_size} views and the training set has {len(dataset)} images: lower "
                 "per_device_train_batch_size or gradient_accumulation_steps"
             )
@@ -188,29 +200,29 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
 
     # Optimisation
 
+    def create_optimizer(self, *args, **kwargs):
+        """As in Transformers; what an optimizer's library refuses, or its absence, is one line."""
+        with refusals_of_libraries():
+            return super().create_optimizer(*args, **kwargs)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that AdamW decays: the matrices and the distillation token."""
         return get_parameter_names(model, [nn.LayerNorm], list(NOT_DECAYED))
 
     # The loss
 
-    @cached_property
-    def bad_images(self) -> BadImages:
-        """The damaged images that the training views have met."""
-        return BadImages(self.args.output_dir, len(self.train_dataset), self.args.max_bad_images)
-
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Tensor | tuple[Tensor, object]:
         """The paper's loss of one batch of views; its parts are logged by name. `num_items_in_batch` is not used."""
-        self._accuracy = {}  # of the weights before this step, so no longer the model's
+        self.accuracy = {}  # of the weights before this step, so no longer the model's
         if "bad_images" in inputs:
             self.bad_images.record(inputs.pop("bad_images"))
         view_seeds = inputs.get("view_seeds")
         if view_seeds is None:  # a set that is not ours: its views have no seeds of their own
             view_seeds = torch.randint(2**63 - 1, (len(inputs["labels"]),)).numpy()
         pixel_values, labels = self.mixing(inputs["pixel_values"], inputs["labels"], view_seeds)
-        teacher_logits = self._ask_teacher(pixel_values, inputs.get("view_ids"))
+        teacher_logits = self.teacher(pixel_values, inputs.get("view_ids")) if self.teacher is not None else None
         outputs = model(pixel_values=pixel_values)
         class_logits = outputs.get("cls_logits", outputs["logits"])
         distillation_logits = outputs.get("distillation_logits")
@@ -225,17 +237,10 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
         self._batches_summed += 1
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
-    def _ask_teacher(self, pixel_values: Tensor, view_ids: np.ndarray | None) -> Tensor | None:
-        """Its logits `(batch, classes)`; replayed, for "hard", its decisions `(batch,)`; None where there is none."""
-        recorded = self.replay or self.record
-        if recorded is not None:
-            return recorded(pixel_values, view_ids)
-        return self.teacher(pixel_values) if self.teacher is not None else None
-
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """After what was recorded up to it: a run that goes on from there misses no answer."""
-        if self.record is not None:
-            self.record.commit(self.state.global_step)
+        """After what was recorded up to it, so that a run that resumes from there misses no output of the teacher."""
+        if self.teacher is not None:
+            self.teacher.commit(self.state.global_step)
         super()._save_checkpoint(model, trial)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None) -> float:
@@ -262,7 +267,7 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
         config = self.model.config
         if not isinstance(config, DeiTConfig):
             return super().floating_point_ops(inputs)
-        return 6 * len(inputs["pixel_values"]) * config.num_tokens * self._num_parameters
+        return 6 * len(inputs["pixel_values"]) * config.num_tokens * self.num_model_parameters
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean of each part of the loss since the last line, over all ranks."""
@@ -275,73 +280,8 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
     # The whole run
 
     def train_and_save(self) -> dict[str, float]:
-        """Trains, evaluates the student and its teacher, and leaves everything a run leaves in `output_dir`.
-
-        That is model.safetensors, config.json, preprocessor_config.json, README.md (the card), all_results.json,
-        trainer_state.json and report.png. An unfinished run in `output_dir` goes on from its last whole checkpoint.
-        With `push_to_hub` all this goes to the Hub last of all.
-
-        Returns:
-            What all_results.json holds: Trainer's names, `eval_top1` and so on as fractions in [0, 1].
-
-        Raises:
-            ValueError: the upload failed; everything else is done.
-        """
-        if self.is_world_process_zero():
-            print(self.banner(), flush=True)
-        train_metrics = self.train(self.args.resume_from_checkpoint or "auto").metrics
-        self.save_model(_internal_call=True)  # else it would be uploaded here, before there are results
-        if self.bad_images:
-            train_metrics["bad_images"] = len(self.bad_images)
-        self.save_metrics("train", train_metrics)
-        metrics = self.evaluate()
-        if self.teacher is not None:
-            metrics |= self.evaluate_teacher()
-        self.save_metrics("eval", metrics)
-        if self.is_world_process_zero():
-            self.create_model_card()
-            plot_run(
-                self.state.log_history,
-                Path(self.args.output_dir, "report.png"),
-                teacher_top1=metrics.get("teacher_top1"),
-            )
-        self.save_state()  # last: it is what tells a finished run from one that was cut off
-        if self.is_world_process_zero():
-            print(accuracy_table(metrics), f"everything is in {self.args.output_dir}", sep="\n", flush=True)
-        if self.args.push_to_hub:
-            self.push_to_hub()
-        self.accelerator.wait_for_everyone()  # launchers end the others soon after the first that ends
-        return train_metrics | metrics
-
-    def banner(self) -> str:
-        """What is about to happen, in the numbers that most often turn out to be wrong afterwards."""
-        args = self.args
-        batch_size = self.get_total_train_batch_size(args)
-        steps_per_epoch = len(self.train_dataset) // batch_size
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-        teacher = "none"
-        if self.teacher is not None:
-            teacher = f"{self.teacher.name}, {self.teacher.num_parameters / 1e6:.2f}M parameters"
-        if self.record is not None:
-            teacher += f", its {self.record.header.what} recorded in {args.teacher_record}"
-        if self.replay is not None:
-            asked = "not in memory" if self.teacher is None else "asked in the evaluation only"
-            teacher = f"{self.replay.name}, its {self.replay.what} replayed from {args.teacher_replay}; {asked}"
-        return "\n".join(
-            f"{name:<11}{value}"
-            for name, value in {
-                "model": f"{type(self.model).__name__}, {self._num_parameters / 1e6:.2f}M parameters",
-                "teacher": teacher,
-                "loss": args.distillation_type,
-                "images": f"{len(self.train_dataset):,} to train, {len(self.eval_dataset or ()):,} to evaluate",
-                "batch": f"{batch_size} views = {args.per_device_train_batch_size} x {args.world_size} processes x "
-                f"{args.gradient_accumulation_steps} accumulation; {args.num_repeats} views of an image",
-                "steps": f"{steps:,} = {args.num_train_epochs:g} epochs of {steps_per_epoch:,}, "
-                f"{args.get_warmup_steps(steps):,} of them warm-up",
-                "lr": f"{args.learning_rate:.4g} at the peak, {args.lr_scheduler_type.value}",
-                "precision": f"{self.accelerator.mixed_precision} on {args.device}",
-            }.items()
-        )
+        """Train, evaluate, and leave everything a run leaves in `output_dir`; see [`hf_deit.training.run`]."""
+        return run.train_and_save(self)
 
     # Evaluation
 
@@ -371,40 +311,24 @@ class DistillationTrainer(Publishing, Resuming, Trainer):
             with self.ema.averaged_weights(self.model):
                 metrics |= super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema")
         if eval_dataset is None and metric_key_prefix == "eval":
-            self._accuracy = metrics
+            self.accuracy = metrics
         return metrics
 
     @torch.no_grad()
     def evaluate_teacher(self) -> dict[str, float]:
         """The teacher's `teacher_top1` and `teacher_top5` on the evaluation set, as fractions."""
+        teacher = self.teacher.classifier
         best_classes, labels = [], []
         for batch in self.get_eval_dataloader():
             batch = self._prepare_inputs(batch)
-            logits = self.teacher(normalize(batch["pixel_values"], self.mixing.mean, self.mixing.std))
+            logits = teacher(normalize(batch["pixel_values"], self.mixing.mean, self.mixing.std))
             gathered = self.accelerator.gather_for_metrics((top_classes(logits), batch["labels"]))
             best_classes.append(gathered[0].cpu())
             labels.append(gathered[1].cpu())
         accuracy = TopKAccuracy().compute(predictions=torch.cat(best_classes), references=torch.cat(labels))
-        self._teacher_accuracy = {f"teacher_{name}": value for name, value in accuracy.items()}
-        return self._teacher_accuracy
+        self.teacher_accuracy = {f"teacher_{name}": value for name, value in accuracy.items()}
+        return self.teacher_accuracy
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._accuracy = {}
-
-
-def accuracy_table(metrics: dict[str, float]) -> str:
-    """The last lines of a run: held-out accuracy of each head, and of the teacher where there is one."""
-    rows = {
-        "class head": "eval_class",
-        "distillation head": "eval_distillation",
-        "fused": "eval",
-        "teacher": "teacher",
-    }
-    if "eval_class_top1" not in metrics:
-        rows["model"] = rows.pop("fused")
-    lines = [f"{'held-out accuracy':<18}{'top-1':>8}{'top-5':>8}"]
-    for title, prefix in rows.items():
-        if f"{prefix}_top1" in metrics:
-            lines.append(f"{title:<18}{metrics[f'{prefix}_top1']:>8.4f}{metrics[f'{prefix}_top5']:>8.4f}")
-    return "\n".join(lines)
+        self.accuracy = {}

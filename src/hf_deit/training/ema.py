@@ -26,6 +26,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from ..errors import UserError
+
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class ExponentialMovingAverage(TrainerCallback):
 
     def __init__(self, decay: float = 0.99996):
         if not 0 <= decay < 1:
-            raise ValueError(f"the decay of the moving average is {decay}; it must be in [0, 1), for example 0.9999")
+            raise UserError(f"the decay of the moving average is {decay}; it must be in [0, 1), for example 0.9999")
         self.decay = decay
         self.num_updates = 0
         self.average: dict[str, Tensor] = {}  # parameter name -> float32, the parameter's shape and device
@@ -86,7 +88,7 @@ class ExponentialMovingAverage(TrainerCallback):
             ValueError: if training has not begun, so that there is no average.
         """
         if not self.average:
-            raise ValueError("there is no moving average yet: it starts with training; call `trainer.train()` first")
+            raise UserError("there is no moving average yet: it starts with training; call `trainer.train()` first")
         weights = _weights(model)
         own = {name: weight.clone() for name, weight in weights.items()}
         try:
@@ -126,7 +128,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     if isinstance(model, FullyShardedDataParallel) or any(isinstance(weight, DTensor) for weight in weights.values()):
-        raise ValueError(
+        raise UserError(
             "the moving average needs whole weights, but FSDP shards them over the devices: "
             "switch the moving average off, or train with DDP"
         )
@@ -145,7 +147,7 @@ def _require_same_names_and_shapes(saved: dict[str, Tensor], weights: dict[str, 
         if name not in saved or name not in weights or saved[name].shape != weights[name].shape
     }
     if different:
-        raise ValueError(
+        raise UserError(
             f"{EMA_NAME} does not belong to this model: {len(different)} names or shapes differ, "
             f"for example {min(different)}; resume with the model of that checkpoint, or delete the file"
         )

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from ..errors import NonFiniteError, UserError
 
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Health:
         where = f"step {step}: gradient norm {norm:.4g}, learning rate {learning_rate:.3g}, losses {_shown(losses)}"
 
         if "teacher" in broken:
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"training stopped at step {step}: teacher {self.teacher!r} answered with NaN or infinity. No weight "
                 "was changed in this step. Usual causes: damaged weights of the teacher, or a type of numbers too "
                 "small for it (load_teacher's dtype); evaluate it with recipes/run_eval.py"
@@ -149,7 +150,7 @@ class Health:
         if not math.isfinite(norm):
             part = _first_broken(broken, losses)
             if scaler is None:
-                raise FloatingPointError(
+                raise NonFiniteError(
                     f"training stopped at {where}; not finite: {part}. No weight was changed in this step; the "
                     "checkpoints are from before it. Usual causes: a learning rate too high, a warm-up too short, "
                     "fp16 (use bf16), a damaged input"
@@ -189,7 +190,7 @@ class Health:
         self._skips += 1
         state = f"{self._skips} steps in a row overflowed in fp16 and were skipped; loss scale {scale:g}"
         if self._skips >= MAX_SKIPS:
-            raise FloatingPointError(
+            raise NonFiniteError(
                 f"training stopped at step {step}: {state}; not finite: {part}. No weight was changed in these steps. "
                 "Use bf16: true in place of fp16: it does not overflow; or a lower learning rate"
             )
@@ -220,7 +221,7 @@ class Health:
         one_label = seen["label lowest"] == seen["label highest"]
         self._views, self._answers, self._teachers_choice, self._labels = 0, _Range(), _Range(), _Range()
         if "spread" in seen and seen["spread"] <= 1e-6 * max(1.0, seen["size"]):
-            raise ValueError(
+            raise UserError(
                 f"training stopped at step {step}: teacher {self.teacher!r} gave the same logits to each of {views}, "
                 "so there is nothing to learn from it: its head is untrained or its weights are damaged; evaluate it "
                 "with recipes/run_eval.py, or set distillation_type: none"
@@ -291,73 +292,3 @@ def _shown(losses: Mapping[str, float]) -> dict[str, float]:
 
 # --- labels --------------------------------------------------------------------------------------------------------
 # They are looked at on the host: on a GPU a label out of range is a device assert, which names nothing.
-
-
-class CheckedLabels:
-    """A collator that looks at the labels of each batch before they go to the device.
-
-    Args:
-        collate: the collator itself.
-        num_labels: number of classes.
-
-    Raises:
-        ValueError: when called, a label is no whole number in [0, classes).
-    """
-
-    def __init__(self, collate: Callable[[list], dict], num_labels: int):
-        self.collate = collate
-        self.num_labels = num_labels
-
-    def __call__(self, examples: list) -> dict:
-        batch = self.collate(examples)
-        labels = batch.get("labels")
-        if labels is None:
-            return batch
-        if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.dtype != torch.int64:
-            got = f"a {type(labels).__name__}"
-            if isinstance(labels, Tensor):
-                got = f"{labels.dtype} {tuple(labels.shape)}"
-            raise ValueError(
-                f"the labels of a batch are {got}; expected whole numbers, one an image: int64 ({len(examples)},). "
-                "Check the label column and the collator"
-            )
-        _refuse_labels(labels.numpy(), self.num_labels, "of a batch")
-        return batch
-
-
-def check_labels(images: Sequence[dict], num_labels: int, part: str) -> None:
-    """Looks at all labels of a set before anything is trained; a stream or a plain list is looked at by the batch.
-
-    Args:
-        images: as [`load_image_dataset`] returns them.
-        num_labels: number of classes.
-        part: "training" or "evaluation".
-
-    Raises:
-        ValueError: a label is no whole number in [0, classes).
-    """
-    if not hasattr(images, "with_format"):
-        return
-    labels = images.data.column("label").to_numpy()  # of a subset, those that are left out as well
-    if labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"the labels of the {part} images are {labels.dtype}; expected whole numbers in [0, {num_labels}), one an "
-            "image: check label_column"
-        )
-    if len(_out_of_range(labels, num_labels)):
-        _refuse_labels(images.with_format("numpy")["label"][:], num_labels, f"of the {part} set")
-
-
-def _refuse_labels(labels: np.ndarray, num_labels: int, of: str) -> None:
-    bad = _out_of_range(labels, num_labels)
-    if len(bad):
-        raise ValueError(
-            f"image number {bad[0]} {of} has the label {labels[bad[0]]}, and there are {num_labels} classes, 0 to "
-            f"{num_labels - 1} ({len(bad)} of {len(labels)} such labels): a split without labels (-1), another "
-            "label_column, or a model with too few classes (id2label)"
-        )
-
-
-def _out_of_range(labels: np.ndarray, num_labels: int) -> np.ndarray:
-    """Places of the labels that are no class."""
-    return np.flatnonzero((labels < 0) | (labels >= num_labels))

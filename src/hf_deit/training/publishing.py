@@ -19,17 +19,42 @@ from pathlib import Path
 from huggingface_hub import auth_check
 
 from .. import __version__
+from ..arguments import DataArguments
 from ..data.registry import REGISTRY
+from ..errors import UserError
 from ..models.configuration_deit import DeiTConfig
-from .distillation_config import BASE_BATCH_SIZE, PAPER_BASE_LEARNING_RATE, DistillationConfig
+from ..teachers.teacher import TeacherOutputs
+from .distillation_config import BASE_BATCH_SIZE, PAPER_BASE_LEARNING_RATE, DistillationConfig, settings_of
 from .model_card import CardFacts, build_model_card, hub_id
+from .resuming import ResumableTrainer
 
 
 logger = logging.getLogger(__name__)
 
 
-class Publishing:
-    """The part of [`DistillationTrainer`] that writes the card and talks to the Hub; stands before `Trainer`."""
+class PublishingTrainer(ResumableTrainer):
+    """A trainer that writes the model card of its run and talks to the Hub.
+
+    Args:
+        data_args: what the images are called.
+        command: words of the command line that started the run.
+        *args, **kwargs: as for `Trainer`.
+
+    Attributes:
+        teacher: what teaches the student; None here, and where only labels do.
+        accuracy: of the model as it is, by the names of `evaluate`; empty once a step has been taken since.
+        teacher_accuracy: of the teacher, likewise.
+        num_model_parameters: counted before anything shards them.
+    """
+
+    def __init__(self, *args, data_args: DataArguments | None = None, command: Sequence[str] = (), **kwargs):
+        super().__init__(*args, **kwargs)
+        self.data_args = data_args or DataArguments(dataset_name=None)
+        self.command = command
+        self.teacher: TeacherOutputs | None = None
+        self.accuracy: dict[str, float] = {}
+        self.teacher_accuracy: dict[str, float] = {}
+        self.num_model_parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def create_model_card(
         self, *, model_name: str | None = None, license: str = "apache-2.0", tags: Sequence[str] = ()
@@ -50,13 +75,13 @@ class Publishing:
         registered = REGISTRY.get(data.dataset_name)
         output_dir = Path(args.output_dir)
         transform = getattr(self.eval_dataset, "transform", None)
-        taught_by, teacher = self.replay or self.teacher, {}
-        if taught_by is not None:
+        teacher = {}
+        if self.teacher is not None:
             teacher = {
-                "teacher": taught_by.name,
-                "teacher_sha256": taught_by.sha256,
-                "teacher_parameters": taught_by.num_parameters,
-                "teacher_replayed": self.replay.what if self.replay is not None else None,
+                "teacher": self.teacher.name,
+                "teacher_sha256": self.teacher.sha256,
+                "teacher_parameters": self.teacher.num_parameters,
+                "teacher_replayed": self.teacher.replays,
             }
         return CardFacts(
             name=model_name or (self.hub_model_id or output_dir.absolute().name).split("/")[-1],
@@ -65,7 +90,7 @@ class Publishing:
             tags=[tags] if isinstance(tags, str) else tags,
             model_type=config.model_type,
             architecture=" of ".join(filter(None, (type(self.model).__name__, getattr(config, "architecture", None)))),
-            num_parameters=self._num_parameters,
+            num_parameters=self.num_model_parameters,
             num_classes=config.num_labels,
             image_size=getattr(transform, "image_size", None) or getattr(config, "image_size", None),
             crop_ratio=getattr(transform, "crop_ratio", None),
@@ -80,7 +105,7 @@ class Publishing:
             bad_images=len(self.bad_images) if self.train_dataset is not None else 0,
             distillation_type=args.distillation_type,
             **teacher,
-            metrics=self._accuracy | self._teacher_accuracy,
+            metrics=self.accuracy | self.teacher_accuracy,
             settings=_settings_that_differ(args, config),
             ema_decay=args.ema_decay,
             epochs=self.state.epoch or 0,
@@ -138,26 +163,7 @@ class Publishing:
         self.push_in_progress = None
 
 
-# Of the fields of DistillationConfig, those that no weight depends on or that the card says in another way.
-NOT_SETTINGS = {
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "learning_rate", "base_learning_rate", "ema_decay"),
-    *("max_bad_images", "eval_strategy", "save_strategy", "save_total_limit", "logging_steps"),
-    *("teacher_record", "teacher_replay", "teacher_top_k"),
-    *("logging_nan_inf_filter", "remove_unused_columns", "ddp_find_unused_parameters", "dataloader_num_workers"),
-    *("dataloader_persistent_workers", "dataloader_pin_memory"),
-}
-# Of those it inherits, the ones that weights do depend on; a list, so that no token gets into a card.
-INHERITED_SETTINGS = (
-    *("seed", "data_seed", "max_steps", "warmup_steps", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("bf16", "fp16", "load_best_model_at_end"),
-)
 PAPER_BATCH_SIZE = 1024
-
-
-def settings_of(args: DistillationConfig) -> dict[str, object]:
-    """What the weights depend on, by name; the learning rate and the batch stand apart (see [`CardFacts`])."""
-    own = [name for name in DistillationConfig.__annotations__ if name not in NOT_SETTINGS]
-    return {name: getattr(args, name) for name in (*own, *INHERITED_SETTINGS)}
 
 
 def _settings_that_differ(args: DistillationConfig, config) -> dict[str, tuple[object, object]]:
@@ -191,7 +197,7 @@ def hub_failures_told(args: DistillationConfig, advice: Callable[[], str]) -> It
         if not any("huggingface_hub" in Path(frame.filename).parts for frame in frames):
             raise
         name = args.hub_model_id or Path(args.output_dir).absolute().name
-        raise ValueError(f"cannot push to {name!r} on the Hub: {_why(error)}. {advice()}") from error
+        raise UserError(f"cannot push to {name!r} on the Hub: {_why(error)}. {advice()}") from error
 
 
 def _why(error: BaseException) -> str:

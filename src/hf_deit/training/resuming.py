@@ -11,21 +11,25 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, TrainerState
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
+from ..data.bad_images import BadImages
 from ..processes import by_one_process
 from . import checkpoints
 from .checkpoints import UNFINISHED, CheckpointError
+from .distillation_config import DistillationConfig, settings_of
+from .ema import ExponentialMovingAverage
 from .preemption import Preempted, Preemption, outlive_sigterm
-from .publishing import settings_of
 
 
 logger = logging.getLogger(__name__)
@@ -41,16 +45,37 @@ class ProgressOfTheRest(ProgressCallback):
             self.training_bar.initial = self.training_bar.n = state.global_step
 
 
-class Resuming:
-    """What [`DistillationTrainer`] does about checkpoints. It stands before `Trainer` among its bases."""
+class ResumableTrainer(Trainer):
+    """Transformers' Trainer whose checkpoints are whole, verified and exact.
+
+    Attributes:
+        bad_images: the damaged images that the training views have met; a new start forgets them.
+        ema: the moving average of the weights, or None.
+        preemption: whether SIGTERM has come.
+    """
+
+    # Narrower than Transformers declares them.
+    args: DistillationConfig
+    model: PreTrainedModel
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.ema = None
+        if self.args.ema_decay is not None:
+            self.ema = ExponentialMovingAverage(self.args.ema_decay)
+            self.add_callback(self.ema)
         self.preemption = Preemption()
         self.add_callback(self.preemption)
         if self.pop_callback(ProgressCallback):
             self.add_callback(ProgressOfTheRest())
         self._writes_aside = False
+
+    @cached_property
+    def bad_images(self) -> BadImages:
+        """The damaged images that the training views have met."""
+        return BadImages(self.args.output_dir, len(self.train_dataset), self.args.max_bad_images)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """As in Transformers, with checkpoints that are verified before they are opened.
@@ -120,7 +145,7 @@ class Resuming:
         On several ranks, in an epoch that is gone on with, accelerate's samplers are three deep around ours. Neither
         it nor Transformers reaches through them, and the rest of the epoch would be that of epoch 0.
         """
-        batches = train_dataloader.batch_sampler
+        batches: Any = train_dataloader.batch_sampler
         while hasattr(batches, "batch_sampler"):
             batches = batches.batch_sampler
         batches.sampler.set_epoch(epoch)

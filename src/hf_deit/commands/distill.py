@@ -1,0 +1,100 @@
+"""Distil a DeiT: the images, the student, its teacher, and the trainer around them, from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import set_seed
+
+from ..arguments import DataArguments, ModelArguments
+from ..recipe import parse_recipe
+from ..training.distillation_config import DistillationConfig
+from .teacher import find_or_train_teacher
+
+
+if TYPE_CHECKING:
+    from ..models.modeling_deit import DeiTPreTrainedModel
+    from ..training.distillation_trainer import DistillationTrainer
+
+KINDS = (ModelArguments, DataArguments, DistillationConfig)
+
+
+def main(argv: Sequence[str], recipes: Path, *, command: Sequence[str]) -> dict[str, float]:
+    """Train the student that the words after the script's name describe; see [`build_trainer`].
+
+    Returns:
+        What all_results.json holds; see [`DistillationTrainer.train_and_save`].
+    """
+    return build_trainer(argv, recipes, command=command).train_and_save()
+
+
+def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str]) -> DistillationTrainer:
+    """Everything of a run but the run itself.
+
+    Args:
+        argv: the words after the script's name.
+        recipes: the directory in which `teacher_recipe` and quickstart.yaml, the default recipe, are found.
+        command: all words, for the model card.
+
+    Raises:
+        ValueError: what the recipe, the images, the student or the teacher are refused for.
+    """
+    # 1. What to do
+    model_args, data_args, training_args = parse_recipe(KINDS, argv, recipes / "quickstart.yaml")
+    # Imported here, so that the command line is read before any of it is.
+    from ..data.views import load_views
+    from ..teachers.teacher import load_teacher
+    from ..training.distillation_trainer import DistillationTrainer
+
+    needs_teacher = training_args.distillation_type in ("hard", "soft")
+    trains_teacher = needs_teacher and training_args.teacher_replay is None
+    if trains_teacher and model_args.teacher is None and model_args.teacher_recipe is not None:
+        model_args.teacher = find_or_train_teacher(recipes / model_args.teacher_recipe, data_args, command=command)
+    set_seed(training_args.seed)
+
+    # 2. The images
+    views = load_views(data_args, seed=training_args.view_seed, **training_args.transform_options())
+
+    # 3. The student and its teacher
+    student = build_student(model_args, data_args.image_size, views.id2label)
+    teacher = None
+    if needs_teacher and model_args.teacher is not None:
+        teacher = load_teacher(
+            model_args.teacher,
+            id2label=views.id2label,
+            mean=views.processor.image_mean,
+            std=views.processor.image_std,
+            compile=training_args.torch_compile,
+        )
+
+    # 4. What trains, evaluates and saves them
+    return DistillationTrainer(
+        student,
+        training_args,
+        teacher,
+        train_dataset=views.train,
+        eval_dataset=views.eval,
+        processing_class=views.processor,
+        data_args=data_args,
+        command=command,
+    )
+
+
+def build_student(model_args: ModelArguments, image_size: int, id2label: dict[int, str]) -> DeiTPreTrainedModel:
+    """The checkpoint that is named, or fresh weights."""
+    from ..models.classifiers import load_pretrained
+    from ..models.configuration_deit import DeiTConfig
+    from ..models.modeling_deit import DeiTForImageClassification, DeiTForImageClassificationWithTeacher
+
+    model_class = DeiTForImageClassification
+    if model_args.use_distillation_token:
+        model_class = DeiTForImageClassificationWithTeacher
+    fields = model_args.config_overrides() | {"image_size": image_size, "id2label": id2label}
+    fields["use_distillation_token"] = model_args.use_distillation_token
+    backend = model_args.attn_implementation
+    if model_args.model_name_or_path is not None:
+        return load_pretrained(model_class, model_args.model_name_or_path, attn_implementation=backend, **fields)
+    config = DeiTConfig.from_size(model_args.model_size or "base", **fields)
+    return model_class._from_config(config, attn_implementation=backend)

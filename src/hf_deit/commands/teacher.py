@@ -1,0 +1,77 @@
+"""Train a teacher: any timm or Transformers classifier, from scratch or fine-tuned, on the student's data.
+
+With the same augmentation as the student ("a RegNetY-16GF that we trained with the same data and same
+data-augmentation as DeiT", section 5.2 of the paper).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import set_seed
+
+from ..arguments import ClassifierArguments, DataArguments
+from ..recipe import parse_recipe
+from ..training.checkpoints import is_finished
+from ..training.distillation_config import DistillationConfig
+
+
+KINDS = (ClassifierArguments, DataArguments, DistillationConfig)
+
+
+def main(argv: Sequence[str], *, command: Sequence[str]) -> dict[str, float]:
+    """Train the teacher that the words after the script's name describe.
+
+    Args:
+        argv: the words after the script's name.
+        command: all words, for the model card.
+
+    Returns:
+        What all_results.json holds; see [`DistillationTrainer.train_and_save`].
+    """
+    return train_teacher(*parse_recipe(KINDS, argv), command=command)
+
+
+def find_or_train_teacher(recipe: Path, data_args: DataArguments, *, command: Sequence[str]) -> str:
+    """The recipe's output directory; if no finished run is there, the recipe is run first, on the student's data."""
+    model_args, _, training_args = parse_recipe(KINDS, [str(recipe)])
+    if not is_finished(training_args.output_dir):
+        train_teacher(model_args, data_args, training_args, command=command)
+    return training_args.output_dir
+
+
+def train_teacher(
+    model_args: ClassifierArguments,
+    data_args: DataArguments,
+    training_args: DistillationConfig,
+    *,
+    command: Sequence[str],
+) -> dict[str, float]:
+    """Train the classifier from labels alone."""
+    # Imported here, so that the command line is read before any of it is.
+    from ..data.views import load_views
+    from ..models.classifiers import new_classifier
+    from ..training.distillation_trainer import DistillationTrainer
+
+    training_args.distillation_type = "none"
+    set_seed(training_args.seed)
+    views = load_views(data_args, seed=training_args.view_seed, **training_args.transform_options())
+    model = new_classifier(
+        model_args.model_name_or_path,
+        id2label=views.id2label,
+        mean=views.processor.image_mean,
+        std=views.processor.image_std,
+        image_size=data_args.image_size,
+        model_args=model_args.model_args,
+    )
+    trainer = DistillationTrainer(
+        model,
+        training_args,
+        train_dataset=views.train,
+        eval_dataset=views.eval,
+        processing_class=views.processor,
+        data_args=data_args,
+        command=command,
+    )
+    return trainer.train_and_save()

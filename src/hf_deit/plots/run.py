@@ -1,0 +1,132 @@
+"""report.png: losses, learning rate and accuracies of one run."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from ..errors import UserError
+from .style import (
+    CLASS,
+    DISTILLATION,
+    FUSED,
+    LABEL_SIZE,
+    OTHER,
+    TEACHER,
+    TICK_SIZE,
+    TITLE_SIZE,
+    _figure,
+    _heading,
+    _save,
+)
+
+
+# log key, legend, how it is drawn; the fused line lies broad beneath the two heads it often coincides with
+LOSSES = (
+    ("loss", "training loss", {"color": FUSED}),
+    ("class_loss", "class head", {"color": CLASS}),
+    ("distillation_loss", "distillation head", {"color": DISTILLATION}),
+    ("eval_loss", "evaluation loss", {"color": OTHER, "linestyle": "--"}),
+)
+RATES = (("learning_rate", "learning rate", {"color": FUSED}),)
+ACCURACIES = (
+    ("eval_top1", "fused", {"color": FUSED, "linewidth": 3.2}),
+    ("eval_class_top1", "class head", {"color": CLASS}),
+    ("eval_distillation_top1", "distillation head", {"color": DISTILLATION}),
+    ("eval_ema_top1", "moving average", {"color": OTHER, "linestyle": "--"}),
+)
+
+
+def plot_run(
+    log_history: Sequence[Mapping[str, float]],
+    path: str | os.PathLike,
+    teacher_top1: float | None = None,
+    title: str | None = None,
+) -> None:
+    """Draw losses by part, learning rate and top-1 of the heads over the epochs, side by side, into one picture.
+
+    Args:
+        log_history: the Trainer's entries, in order. What a run did not log is left out, an empty panel says so,
+            and of two entries at one moment (a final evaluation) the later one counts.
+        path: the file to write; its suffix chooses the format (`report.png`). Missing folders are created.
+        teacher_top1: fraction in [0, 1], drawn as a level line beside the heads.
+        title: one line above the panels.
+
+    Raises:
+        ValueError: if `teacher_top1` is not a fraction.
+    """
+    if teacher_top1 is not None and not 0 <= teacher_top1 <= 1:
+        raise UserError(f"teacher_top1 is {teacher_top1}; it must be a fraction in [0, 1], for example 0.972")
+
+    figure = _figure(15, 4.8)
+    losses, rates, accuracies = figure.subplots(1, 3)
+    if title:
+        _heading(figure, title)
+
+    _draw(losses, log_history, LOSSES, title="Losses", unit="nats")
+    _draw(rates, log_history, RATES, title="Learning rate", unit="")
+    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    _draw(accuracies, log_history, ACCURACIES, title="Held-out accuracy", unit="top-1 (%)", percent=True)
+    if teacher_top1 is not None:
+        level = 100 * teacher_top1
+        accuracies.axhline(level, color=TEACHER, linestyle=":", linewidth=2, label=f"teacher  {level:.1f} %")
+    for axes in (losses, rates, accuracies):
+        _finish(axes)
+    _save(figure, path)
+
+
+def _draw(axes: Axes, log_history, lines, title: str, unit: str, percent: bool = False) -> None:
+    """Draw each logged line; accuracies in percent, with marks, and their last value in the legend."""
+    axes.set_title(title, fontsize=TITLE_SIZE)
+    axes.set_ylabel(unit, fontsize=LABEL_SIZE)
+    axes.set_xlabel("epoch", fontsize=LABEL_SIZE)
+    for key, label, style in lines:
+        points = {entry["epoch"]: entry[key] for entry in log_history if key in entry and "epoch" in entry}
+        if not points:
+            continue
+        epochs, values = list(points), list(points.values())
+        if percent:
+            values = [100 * value for value in values]
+            label = f"{label}  {values[-1]:.1f} %"
+        evaluated = key.startswith("eval_")
+        axes.plot(
+            epochs,
+            values,
+            **{
+                "label": label,
+                "linewidth": 1.6,
+                "marker": "o" if evaluated or len(points) == 1 else None,
+                "markersize": 4,
+                # Beyond some thirty evaluations the marks would hide the line.
+                "markevery": math.ceil(len(points) / 30),
+                **style,
+            },
+        )
+
+
+def _finish(axes: Axes) -> None:
+    """Grid, frame and legend, or a word where there is nothing to show."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.tick_params(labelsize=TICK_SIZE)
+    if not axes.lines:
+        axes.text(
+            0.5,
+            0.5,
+            "not logged",
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
+            fontsize=LABEL_SIZE,
+            color="0.4",
+        )
+        axes.set(xticks=[], yticks=[])
+        return
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if len(axes.lines) > 1:
+        axes.legend(fontsize=TICK_SIZE, frameon=False, handlelength=2.6)

@@ -1,0 +1,161 @@
+"""Pictures of the paper's tables and of Figure 1."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from ..errors import UserError
+from .style import (
+    CLASS,
+    DISTILLATION,
+    FUSED,
+    LABEL_SIZE,
+    MARKERS,
+    MODEL_COLORS,
+    OTHER,
+    TEACHER,
+    TICK_SIZE,
+    TITLE_SIZE,
+    _figure,
+    _heading,
+    _save,
+)
+
+
+# Figure 1: colour of a family, and the side of its marks on which names stand, so that close curves stay readable.
+FAMILIES = {
+    "DeiT": (CLASS, "left"),
+    "DeiT distilled": (DISTILLATION, "right"),
+    "DeiT distilled, 1000 epochs": ("#E69F00", "left"),
+    "EfficientNet": (TEACHER, "right"),
+    "RegNetY": (OTHER, "left"),
+    "ResNet": ("#56B4E9", "left"),
+    "ViT": (FUSED, "right"),
+}
+
+
+def plot_table(
+    points: Sequence[tuple[str, str, Sequence[float], float | None]],
+    path: str | os.PathLike,
+    title: str | None = None,
+    lines: bool = False,
+) -> None:
+    """Draw a table of runs: a dot for every seed, a mark for their mean, in words the mean and the paper's number.
+
+    Args:
+        points: row, column, one value a seed (a cell without any is left out) and the paper's number, all in percent.
+        path: the file to write; its suffix chooses the format. Missing folders are created.
+        title: one line above.
+        lines: the columns are the steps of an axis and each row a line over it; otherwise each column is a panel.
+    """
+    points = [point for point in points if point[2]]
+    rows, columns = (list(dict.fromkeys(point[i] for point in points)) for i in (0, 1))
+    if lines:
+        figure = _figure(8.5, 4.8)
+    else:
+        figure = _figure(3.4 + 4.6 * max(1, len(columns)), 1.5 + 0.45 * max(3, len(rows)))
+    if title:
+        _heading(figure, title)
+    if lines:
+        _draw_lines(figure.subplots(), points, rows, columns)
+    elif columns:
+        for column, axes in zip(columns, figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], strict=True):
+            _draw_panel(axes, [point for point in points if point[1] == column], rows)
+            axes.set_title(column, fontsize=LABEL_SIZE)
+    _save(figure, path)
+
+
+def _draw_lines(axes: Axes, points, rows: list[str], columns: list[str]) -> None:
+    for row, color in zip(rows, (FUSED, *MODEL_COLORS), strict=False):
+        cells = {column: values for name, column, values, _ in points if name == row}
+        places = [columns.index(column) for column in cells]
+        axes.plot(
+            places, [sum(values) / len(values) for values in cells.values()], color=color, label=row, linewidth=1.8
+        )
+        for place, values in zip(places, cells.values(), strict=True):
+            axes.plot([place] * len(values), values, "o", color=color, alpha=0.5, markersize=5)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_ylabel("top-1 (%)", fontsize=LABEL_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=TICK_SIZE, frameon=False)
+
+
+def _draw_panel(axes: Axes, points, rows: list[str]) -> None:
+    for row, _, values, paper in points:
+        place, mean = rows.index(row), sum(values) / len(values)
+        axes.plot(values, [place] * len(values), "o", color=CLASS, alpha=0.5, markersize=6)
+        axes.plot([mean], [place], "|", color=FUSED, markersize=17, markeredgewidth=2.4)
+        note = f"{mean:.1f}" + ("" if paper is None else f"  (paper: {paper})")
+        axes.annotate(
+            note, (max(values), place), xytext=(10, 0), textcoords="offset points", va="center", fontsize=TICK_SIZE - 1
+        )
+    axes.set_yticks(range(len(rows)), rows, fontsize=TICK_SIZE)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    lowest, highest = (limit(value for _, _, values, _ in points for value in values) for limit in (min, max))
+    span = max(highest - lowest, 1.0)
+    axes.set_xlim(lowest - 0.15 * span, highest + 0.9 * span)  # room for the words
+    axes.set_xlabel("top-1 (%)", fontsize=TICK_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, axis="x")
+
+
+def plot_tradeoff(points: Sequence[Mapping], path: str | os.PathLike, device: str) -> None:
+    """Figure 1 of the paper: top-1 over images per second, a line for each family of networks.
+
+    Args:
+        points: of [`tradeoff_points`]: `label`, `family`, `images_per_second` (measured), `top1` (fraction in [0, 1],
+            the paper's).
+        path: the file to write; its suffix chooses the format. Missing folders are created.
+        device: where the throughput was measured, for the axis.
+
+    Raises:
+        ValueError: without points.
+    """
+    if not points:
+        raise UserError("no points to draw: measure models of the paper's Table 5")
+    families: dict[str, list[Mapping]] = {}
+    for point in sorted(points, key=lambda point: point["images_per_second"]):
+        families.setdefault(point["family"], []).append(point)
+    named = [family for family in FAMILIES if family in families]
+    others = sorted(set(families) - set(named))
+
+    figure = _figure(11, 7)
+    axes = figure.subplots()
+    for number, family in enumerate([*named, *others]):
+        rates = [point["images_per_second"] for point in families[family]]
+        top1 = [100 * point["top1"] for point in families[family]]
+        color, side = FAMILIES.get(family, ("0.45", "right"))
+        mark = MARKERS[number % len(MARKERS)]
+        axes.plot(rates, top1, label=family, color=color, marker=mark, linewidth=1.6, markersize=7)
+        below = side == "left"
+        for x, y, point in zip(rates, top1, families[family], strict=True):
+            short = re.sub(r"^\w+-(?=\w)| distilled| / 1000 epochs", "", point["label"])
+            axes.annotate(
+                short,
+                (x, y),
+                xytext=(-6, -5) if below else (6, 5),
+                textcoords="offset points",
+                ha="right" if below else "left",
+                va="top" if below else "bottom",
+                fontsize=TICK_SIZE - 2,
+                color=color,
+            )
+    axes.set_xscale("log")
+    axes.margins(x=0.08, y=0.07)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title("Accuracy and throughput (Figure 1)", fontsize=TITLE_SIZE)
+    axes.set_xlabel(f"images/s, measured on {device}", fontsize=LABEL_SIZE)
+    axes.set_ylabel("ImageNet top-1, the paper's (%)", fontsize=LABEL_SIZE)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.tick_params(labelsize=TICK_SIZE)
+    axes.legend(fontsize=TICK_SIZE, frameon=False)
+    _save(figure, path)

@@ -1,0 +1,109 @@
+"""What a teacher's outputs depend on, besides the teacher: which pixels it sees at which position."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.views import TrainViews
+from ..errors import UserError
+
+
+# Images whose bytes are part of the fingerprint, spread evenly over the set.
+SAMPLED_IMAGES = 8
+
+
+def fingerprint_of_views(
+    views: TrainViews,
+    settings: Mapping[str, object],
+    mean: Sequence[float],
+    std: Sequence[float],
+    class_names: Sequence[str],
+) -> dict[str, object]:
+    """All that decides which pixels the teacher sees at which position, by name; values are JSON.
+
+    Where the images lie is no part of it, nor is what only the student meets (loss, label smoothing, learning rate,
+    length of the run).
+
+    Args:
+        views: the training set.
+        settings: of the run, see [`DistillationConfig.view_settings`].
+        mean, std: per channel, what pixels in [0, 1] are normalised with.
+        class_names: the student's, in their order.
+
+    Raises:
+        ValueError: the training set is no [`TrainViews`].
+    """
+    if not isinstance(views, TrainViews):
+        raise UserError(
+            f"the training set is a {type(views).__name__}, and a teacher's outputs can be recorded and replayed for "
+            "TrainViews only: other sets don't say which view of the run an example is"
+        )
+    fingerprint = {
+        "images": len(views),
+        "labels and sampled images": fingerprint_of_images(views.images),
+        "classes": len(class_names),
+        "class names": digest(json.dumps(list(class_names)).encode()),
+        "seed of the views": views.seed,
+        "blocks of a stream": views.block_sizes and digest(json.dumps(views.block_sizes).encode()),
+        "mean": mean,
+        "std": std,
+        **settings,
+    }
+    if is_dataclass(views.transform):
+        parameters = {
+            f"transform.{item.name}": getattr(views.transform, item.name) for item in fields(views.transform)
+        }
+    else:
+        parameters = {"transform": views.transform}
+    fingerprint |= {name: _shown(value) for name, value in parameters.items()}
+    return json.loads(json.dumps(fingerprint))
+
+
+def fingerprint_of_images(images: Any) -> str:
+    """16 hexadecimal digits of the labels and of the encoded bytes of 8 images, wherever these lie.
+
+    Of a stream, whose labels would have to be fetched, only the labels of the eight.
+    """
+    is_stream = hasattr(images, "block_sizes")
+    if is_stream:
+        images, labels = images.take(len(images)), []  # a copy: the blocks that are read here are not kept
+    elif hasattr(images, "with_format"):
+        labels = images.with_format("numpy")["label"][:]
+    else:
+        labels = [row["label"] for row in images] if isinstance(images, (list, tuple)) else []
+    digest = hashlib.sha256(np.asarray(labels, "<i8").tobytes())
+    sample = sorted(set(np.linspace(0, len(images) - 1, SAMPLED_IMAGES).astype(int).tolist()))
+    for row in images.__getitems__(sample) if is_stream else [images[index] for index in sample]:
+        digest.update(str(row["label"]).encode())
+        digest.update(hashlib.sha256(_encoded(row["image"] or {})).digest())
+    return digest.hexdigest()[:16]
+
+
+def _shown(value: object) -> object:
+    """What stands in record.json for a parameter of the transform."""
+    if isinstance(value, (int, float, str)):
+        return value
+    text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return text if len(text) <= 80 else f"{text[:60]}... ({digest(text.encode())})"
+
+
+def _encoded(image: Mapping) -> bytes:
+    if image.get("bytes") is not None or image.get("path") is None:
+        return image.get("bytes") or b""
+    try:
+        return Path(image["path"]).read_bytes()
+    except OSError:  # a damaged image, whose neighbour is shown
+        return b""
+
+
+def digest(data: bytes) -> str:
+    """The first 16 hexadecimal digits of the SHA-256."""
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,0 +1,96 @@
+"""A whole run: the lines at its start, training, evaluation, everything it leaves behind, and the table at its end."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import SchedulerType
+
+from ..plots.run import plot_run
+
+
+if TYPE_CHECKING:
+    from .distillation_trainer import DistillationTrainer
+
+
+def train_and_save(trainer: DistillationTrainer) -> dict[str, float]:
+    """Trains, evaluates the student and its teacher, and leaves everything a run leaves in `output_dir`.
+
+    That is model.safetensors, config.json, preprocessor_config.json, README.md (the card), all_results.json,
+    trainer_state.json and report.png. An unfinished run in `output_dir` goes on from its last whole checkpoint.
+    With `push_to_hub` all this goes to the Hub last of all.
+
+    Returns:
+        What all_results.json holds: Trainer's names, `eval_top1` and so on as fractions in [0, 1].
+
+    Raises:
+        ValueError: the upload failed; everything else is done.
+    """
+    if trainer.is_world_process_zero():
+        print(banner(trainer), flush=True)
+    train_metrics = trainer.train(trainer.args.resume_from_checkpoint or "auto").metrics
+    trainer.save_model(_internal_call=True)  # else it would be uploaded here, before there are results
+    if trainer.bad_images:
+        train_metrics["bad_images"] = len(trainer.bad_images)
+    trainer.save_metrics("train", train_metrics)
+    metrics = trainer.evaluate()
+    if trainer.teacher is not None and trainer.teacher.classifier is not None:
+        metrics |= trainer.evaluate_teacher()
+    trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        trainer.create_model_card()
+        plot_run(
+            trainer.state.log_history,
+            Path(trainer.args.output_dir, "report.png"),
+            teacher_top1=metrics.get("teacher_top1"),
+        )
+    trainer.save_state()  # last: it is what tells a finished run from one that was cut off
+    if trainer.is_world_process_zero():
+        print(accuracy_table(metrics), f"everything is in {trainer.args.output_dir}", sep="\n", flush=True)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()  # launchers end the others soon after the first that ends
+    return train_metrics | metrics
+
+
+def banner(trainer: DistillationTrainer) -> str:
+    """What is about to happen, in the numbers that most often turn out to be wrong afterwards."""
+    args = trainer.args
+    batch_size = trainer.get_total_train_batch_size(args)
+    steps_per_epoch = len(trainer.train_dataset) // batch_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    teacher = trainer.teacher.describe() if trainer.teacher is not None else "none"
+    return "\n".join(
+        f"{name:<11}{value}"
+        for name, value in {
+            "model": f"{type(trainer.model).__name__}, {trainer.num_model_parameters / 1e6:.2f}M parameters",
+            "teacher": teacher,
+            "loss": args.distillation_type,
+            "images": f"{len(trainer.train_dataset):,} to train, {len(trainer.eval_dataset or ()):,} to evaluate",
+            "batch": f"{batch_size} views = {args.per_device_train_batch_size} x {args.world_size} processes x "
+            f"{args.gradient_accumulation_steps} accumulation; {args.num_repeats} views of an image",
+            "steps": f"{steps:,} = {args.num_train_epochs:g} epochs of {steps_per_epoch:,}, "
+            f"{args.get_warmup_steps(steps):,} of them warm-up",
+            "lr": f"{args.learning_rate:.4g} at the peak, {SchedulerType(args.lr_scheduler_type).value}",
+            "precision": f"{trainer.accelerator.mixed_precision} on {args.device}",
+        }.items()
+    )
+
+
+def accuracy_table(metrics: dict[str, float]) -> str:
+    """The last lines of a run: held-out accuracy of each head, and of the teacher where there is one."""
+    rows = {
+        "class head": "eval_class",
+        "distillation head": "eval_distillation",
+        "fused": "eval",
+        "teacher": "teacher",
+    }
+    if "eval_class_top1" not in metrics:
+        rows["model"] = rows.pop("fused")
+    lines = [f"{'held-out accuracy':<18}{'top-1':>8}{'top-5':>8}"]
+    for title, prefix in rows.items():
+        if f"{prefix}_top1" in metrics:
+            lines.append(f"{title:<18}{metrics[f'{prefix}_top1']:>8.4f}{metrics[f'{prefix}_top5']:>8.4f}")
+    return "\n".join(lines)

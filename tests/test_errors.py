@@ -1,0 +1,81 @@
+"""errors.py: what is the user's to mend is one line, and every other error keeps its traceback."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.recipes import KINDS
+from torch.utils.data import DataLoader
+
+from hf_deit import TrainViews, build_train_transform, parse_recipe
+from hf_deit.errors import run_script
+
+
+def test_our_errors_are_one_line_and_bugs_keep_their_traceback(recipe):
+    def refused():
+        parse_recipe(KINDS, [recipe("xyzzy: 1")])
+
+    def broken():
+        int("a bug")
+
+    with pytest.raises(SystemExit, match="^error: recipe .*xyzzy"):
+        run_script(refused)
+    with pytest.raises(ValueError, match="invalid literal"):
+        run_script(broken)
+
+
+def test_a_refusal_ends_the_process_with_a_status(recipe):
+    program = (
+        "import sys; from hf_deit import *; from hf_deit.errors import run_script\n"
+        "run_script(lambda: parse_recipe((ModelArguments, DataArguments, DistillationConfig)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, recipe("xyzzy: 1")], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "xyzzy" in done.stderr
+
+
+class DamagedSet(torch.utils.data.Dataset):
+    """Views that only fail: in hf_deit, or in what it calls."""
+
+    def __init__(self, fails_in_hf_deit):
+        rows = [{"image": {"bytes": b"", "path": f"{index}.jpg"}, "label": 0} for index in range(4)]
+        self.views = TrainViews(rows, build_train_transform(16)) if fails_in_hf_deit else None
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.views[index] if self.views else int("no number")
+
+
+def test_a_refusal_in_a_loaders_worker_is_one_line_too():
+    with pytest.raises(SystemExit) as refusal:
+        run_script(lambda: list(DataLoader(DamagedSet(True), num_workers=1)))
+    assert re.fullmatch(r"error: 4 training images in a row are damaged, [^\n]*", str(refusal.value.code))
+    with pytest.raises(ValueError, match="(?s)Original Traceback.*invalid literal"):
+        run_script(lambda: list(DataLoader(DamagedSet(False), num_workers=1)))
+
+
+class KilledSet(torch.utils.data.Dataset):
+    """Its worker is killed, as by a machine without memory."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_the_machine_does_to_a_run_is_one_line_too():
+    def full():
+        raise RuntimeError("Error while serializing: No space left on device (os error 28)")
+
+    with pytest.raises(SystemExit, match=r"error: the disk is full \(Error .*\)\. Free some space\. Start the same"):
+        run_script(full)
+    with pytest.raises(SystemExit, match=r"error: a loader worker died \(.*\)\. Usual causes: .* Start the same"):
+        run_script(lambda: list(DataLoader(KilledSet(), num_workers=1)))
+    with pytest.raises(FileNotFoundError):
+        run_script(lambda: open("not there"))

@@ -1,0 +1,37 @@
+"""run.py: what a run says at its start and at its end, and the files it leaves."""
+
+import re
+
+import pytest
+from support.runs import student, trainer
+
+from hf_deit.training.run import accuracy_table, banner
+
+
+def test_the_banner_holds_the_numbers_of_the_run(tiny_images, tmp_path):
+    run = trainer(
+        tiny_images(), tmp_path, num_train_epochs=3, warmup_epochs=1, gradient_accumulation_steps=2, learning_rate=2e-3
+    )
+    said = dict(re.findall(r"^(\w+) +(.+)$", banner(run), re.MULTILINE))
+    assert said["images"] == "48 to train, 20 to evaluate"
+    assert said["batch"] == "16 views = 8 x 1 processes x 2 accumulation; 3 views of an image"
+    assert said["steps"] == "9 = 3 epochs of 3, 3 of them warm-up"  # 48 images in steps of 16
+    assert said["lr"].startswith("0.002 at the peak") and said["loss"] == "hard"
+    parameters = sum(parameter.numel() for parameter in student().parameters())
+    assert said["model"] == f"DeiTForImageClassificationWithTeacher, {parameters / 1e6:.2f}M parameters"
+    assert said["teacher"].startswith("ConvTeacher, 0.00M parameters")
+
+
+def test_a_run_without_a_teacher_says_so(tiny_images, tmp_path):
+    run = trainer(tiny_images(), tmp_path, student(two_heads=False), teacher=None, distillation_type="none")
+    assert re.search(r"^teacher +none$", banner(run), re.MULTILINE)
+
+
+@pytest.mark.parametrize("heads", [True, False])
+def test_the_table_has_a_row_for_what_was_measured(heads):
+    metrics = {"eval_top1": 0.5, "eval_top5": 0.75}
+    if heads:
+        metrics |= {"eval_class_top1": 0.25, "eval_class_top5": 0.5, "teacher_top1": 1.0, "teacher_top5": 1.0}
+    rows = [line.rsplit(maxsplit=2) for line in accuracy_table(metrics).splitlines()[1:]]
+    expected = [["class head", "0.2500", "0.5000"], ["fused", "0.5000", "0.7500"], ["teacher", "1.0000", "1.0000"]]
+    assert rows == (expected if heads else [["model", "0.5000", "0.7500"]])
