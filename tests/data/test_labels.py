@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from support.runs import trainer
-from training.test_health import CLASSES
 
 from hf_deit.data.labels import CheckedLabels, check_labels
 from hf_deit.data.views import collate_views
+
+
+CLASSES = 10
 
 
 def collated(labels):
