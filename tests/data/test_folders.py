@@ -4,15 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from support.images import write_image
 from torchvision.datasets import ImageFolder
 
 from hf_deit.data.folders import find_image_folders, find_shards, read_image_folders, sort_classes
-
-
-def write_image(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 4)).save(path, "PNG")
 
 
 def samples(folder, train_folder=None):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.test_folders import write_image
 from scipy.io import savemat
+from support.images import write_image
 
 from hf_deit.data import official_layouts
 
