@@ -163,3 +163,12 @@ def test_bad_arguments_are_refused_by_name(logits, arguments, message):
     arguments = {"teacher_logits": logits[2]} | arguments
     with pytest.raises(ValueError, match=message):
         distillation_loss(logits[0], logits[1], torch.zeros(BATCH, dtype=int), **arguments)
+
+
+def test_the_loss_is_the_sum_that_equation_3_writes_to_the_last_bit():
+    generator = torch.Generator().manual_seed(0)
+    for alpha in torch.rand(50, generator=generator).tolist():
+        logits, taught, teacher = torch.randn(3, 4, 7, generator=generator)
+        parts = distillation_loss(logits, taught, torch.arange(4), teacher, alpha=alpha)
+        expected = (1 - alpha) * parts["class_loss"] + alpha * parts["distillation_loss"]
+        assert torch.equal(parts["loss"], expected)

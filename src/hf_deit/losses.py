@@ -140,7 +140,7 @@ def distillation_loss(
     if alpha is None:
         alpha = default_alpha(distillation_type)
     return {
-        "loss": torch.lerp(class_loss, taught_loss, alpha),
+        "loss": (1 - alpha) * class_loss + alpha * taught_loss,
         "class_loss": class_loss,
         "distillation_loss": taught_loss,
     }
