@@ -19,12 +19,11 @@ import torch
 from peers import synchronize
 from transformers import TrainerCallback
 
+from hf_deit.commands.distill import build_trainer
 from hf_deit.paper.machine import describe_machine
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-from hf_deit.commands.distill import build_trainer  # noqa: E402
 
 
 WARM_UP = 10  # steps; the loader's workers start, and the first batches lie ready

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from support.hub_server import HubHandler, HubListener, HubServer  # noqa: E402
+from support.hub_server import HubHandler, HubListener, HubServer
 
 
 HUB = HubServer().__enter__()

@@ -27,9 +27,9 @@ from survival import ROOT, run_distill, words
 
 
 sys.path.insert(0, str(ROOT / "tests"))
-from support.hub_server import HubServer  # noqa: E402
+from support.hub_server import HubServer
 
-from hf_deit.training import distillation_trainer  # noqa: E402
+from hf_deit.training import distillation_trainer
 
 
 NAME = "user/pictures"

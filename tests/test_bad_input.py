@@ -1,4 +1,4 @@
-"""Bad input, all of it: each ends a script in one line that says what is wrong and how to mend it, with status 1.
+"""Bad input ends a script in one line that says what is wrong and how to fix it, with exit status 1.
 
 Through the scripts' own `main`, so that nothing on the way swallows or rewords it. What a single module refuses is
 tested with that module; hostile input is in test_security.py, numbers that go wrong while training in test_health.py.
@@ -77,7 +77,7 @@ def write_images(folder, labels, feature, label_column="label"):
 
 
 def end_of(script, inputs, output_dir, arguments, first=()):
-    """What the script says at its end, run on the embedded digits with these arguments."""
+    """Run the script on the embedded digits with these arguments and return its last message."""
     options = SHORT | {"teacher": inputs / "teacher", "output_dir": output_dir}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     with pytest.raises(SystemExit) as end:
@@ -100,7 +100,7 @@ def bad(arguments, message):
         # the learning rate and its schedule
         bad(
             "--base_learning_rate 1e-3",
-            "learning_rate 0.0015 and base_learning_rate 0.001 are both given: keep learning_rate for a final value",
+            "learning_rate 0.0015 and base_learning_rate 0.001 are both given: keep learning_rate to use it as is",
         ),
         bad("--min_lr 1", "min_lr 1 is above the learning rate 0.0015 (batch 8): the cosine would rise; lower min_lr"),
         bad("--learning_rate nan", "learning_rate is nan; it must be a positive number"),
@@ -110,23 +110,23 @@ def bad(arguments, message):
         bad("--lr_scheduler_type nope", "nope is not a valid SchedulerType, please select one of"),
         bad(
             "--max_steps -1 --warmup_epochs 9 --num_train_epochs 3",
-            "warmup_epochs is 9 of num_train_epochs 3: nothing is left to train; shorten the warm-up",
+            "warmup_epochs is 9 and num_train_epochs is 3: the run would end within its warm-up; lower",
         ),
-        bad("--max_steps -1 --num_train_epochs -3", "num_train_epochs -3: nothing is left to train"),
+        bad("--max_steps -1 --num_train_epochs -3", "num_train_epochs is -3: the run would end within its warm-up"),
         # numbers out of range
         bad("--per_device_train_batch_size 0", "per_device_train_batch_size is 0; it must be 1 or more"),
         bad("--gradient_accumulation_steps 0", "gradient_accumulation_steps is 0; it must be 1 or more"),
         bad("--dataloader_num_workers -1", "dataloader_num_workers is -1; it must be 0 or more"),
         bad("--num_repeats 0", "num_repeats is 0; use 3 as in the paper, or 1 for no repeated augmentation"),
         bad("--mixup_alpha -1", "mixup_alpha is -1.0; use a positive number, or 0 to turn it off"),
-        bad("--random_erasing_prob 2", "random_erasing_prob is 2.0; a probability lies in [0, 1]"),
-        bad("--label_smoothing_factor 1", "label_smoothing_factor is 1.0; it lies in [0, 1)"),
-        bad("--distillation_alpha 2", "distillation_alpha is 2.0; it is a weight in [0, 1]"),
+        bad("--random_erasing_prob 2", "random_erasing_prob is 2.0; it must be a probability in [0, 1]"),
+        bad("--label_smoothing_factor 1", "label_smoothing_factor is 1.0; it must be in [0, 1)"),
+        bad("--distillation_alpha 2", "distillation_alpha is 2.0; it must be in [0, 1]"),
         bad("--distillation_temperature 0", "distillation_temperature is 0.0; it must be above 0"),
-        bad("--ema_decay 1", "ema_decay is 1.0; it lies in (0, 1), leave it out for no moving average"),
-        bad("--max_bad_images 2", "max_bad_images is 2.0; it is a share of the training set, in [0, 1]"),
+        bad("--ema_decay 1", "ema_decay is 1.0; it must be in (0, 1), or left out for no moving average"),
+        bad("--max_bad_images 2", "max_bad_images is 2.0; it must be a fraction in [0, 1]"),
         bad("--crop_ratio 0", "crop_ratio must be above 0 and at most 1, got 0.0"),
-        bad("--max_train_samples 0", "max_train_samples is 0; use a positive number, or leave it out"),
+        bad("--max_train_samples 0", "max_train_samples is 0; use a positive number, or leave it unset"),
         # names out of a list
         bad("--distillation_type firm", "distillation_type is 'firm'; choose one of none, soft, hard, label"),
         bad("--kl_reduction sum", "kl_reduction is 'sum'; choose one of batchmean, numel"),
@@ -139,9 +139,7 @@ def bad(arguments, message):
         bad("--dataset_name {flat}", "'{flat}/train' holds images but no folder per class; expected"),
         bad("--image_column picture", "no column 'picture': 'digits' has the columns image, label; set image_column"),
         bad("--label_column colour", "no column 'colour': 'digits' has the columns image, label; set label_column"),
-        bad(
-            "--dataset_name {no_label_column}", "none of them is recognised as the label column: name it with label_co"
-        ),
+        bad("--dataset_name {no_label_column}", "none of them is recognised as the label column: set label_column"),
         bad("--train_split nope", "'digits' has no split 'nope'; it has train, test: choose one with train_split"),
         bad(
             "--per_device_train_batch_size 4000", "one step takes 4000 views and the training set has 64 images: lower"
@@ -149,7 +147,7 @@ def bad(arguments, message):
         bad("--dataset_name {float_labels}", "the labels are of the type float32; expected whole numbers or words"),
         bad(
             "--dataset_name {no_labels} --distillation_type label --per_device_train_batch_size 4",
-            "image number 2 of the training set has the label -1, and there are 3 classes, 0 to 2 (1 of 4 such",
+            "image number 2 of the training images has the label -1, but the 3 classes are 0 to 2 (1 of 4",
         ),
         # the student
         bad("--model_size huge", "model size is 'huge'; choose one of tiny, small, base"),
@@ -174,15 +172,18 @@ def bad(arguments, message):
             "--teacher {other_teacher}",
             "teacher '{other_teacher}' has 3 classes (0, 1, 2), the student has 10 (0, 1, 2, ...). Fine-tu",
         ),
-        bad("--distillation_type none", "the model has a distillation head, which would stay untrained: use DeiT"),
+        bad(
+            "--distillation_type none",
+            "the model has a distillation head, which would stay untrained: set use_distillation_token",
+        ),
         # where it goes
         bad("--output_dir {file}", "output_dir '{file}' "),
         bad("--output_dir {file}/below", "output_dir '{file}/below' "),
         bad(
             "--resume_from_checkpoint {nowhere}",
-            "resume_from_checkpoint is '{nowhere}', which is no directory: name a checkpoint",
+            "resume_from_checkpoint is '{nowhere}', which is not a directory: name a checkpoint",
         ),
-        bad("--resume_from_checkpoint true", "there is no checkpoint in '{output_dir}' to go on from"),
+        bad("--resume_from_checkpoint true", "cannot resume: output_dir '{output_dir}' holds no checkpoint"),
         bad(
             "--push_to_hub true --hub_model_id a/b/c",
             "cannot push to 'a/b/c' on the Hub: Repo id must be in the form 'repo_name' or 'namespace/repo_name'",
@@ -201,7 +202,7 @@ def test_bad_input_ends_in_one_line(script, inputs, tmp_path, arguments, message
     "recipe, message",
     [
         ("unknown_key", "has the key 'lerning_rate', which is no key; did you mean 'learning_rate'?"),
-        ("list", "holds a list; it must be lines of 'key: value'"),
+        ("list", "is a list; expected lines of the form 'key: value'"),
         ("broken", "cannot be read: while parsing a flow sequence"),
         ("binary", "cannot be read: unacceptable character"),
         ("nowhere", "cannot be read: [Errno 2] No such file"),

@@ -54,7 +54,8 @@ def missing_paths(text: str) -> list[str]:
 
 def test_the_scan_finds_what_is_missing():
     text = (
-        "`src/hf_deit/losses.py` recipes/accelerate/{cpu,no}.yaml, tests/test_*.py, `tests/test_<x>.py`, no.py setup.py"
+        "`src/hf_deit/losses.py` recipes/accelerate/{cpu,no}.yaml, tests/test_*.py, `tests/test_<x>.py`, no.py, "
+        "setup.py"
     )
     assert missing_paths(text) == ["recipes/accelerate/no.yaml", "no.py"]
 

@@ -1,10 +1,11 @@
-"""errors.py: what is the user's to mend is one line, and every other error keeps its traceback."""
+"""errors.py: an error that the user can fix becomes one line; every other error keeps its traceback."""
 
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,4 +79,4 @@ def test_what_the_machine_does_to_a_run_is_one_line_too():
     with pytest.raises(SystemExit, match=r"error: a loader worker died \(.*\)\. Usual causes: .* Start the same"):
         run_script(lambda: list(DataLoader(KilledSet(), num_workers=1)))
     with pytest.raises(FileNotFoundError):
-        run_script(lambda: open("not there"))
+        run_script(lambda: Path("not there").read_text())

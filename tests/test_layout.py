@@ -32,12 +32,11 @@ DOORS = {
 # Tests of the repository rather than of one module.
 REPOSITORY_TESTS = {
     *("transformers_common", "recipes", "model_cards", "layout", "docs", "hub_server", "ecosystem", "scaling"),
-    *("bad_input", "security"),
+    *("bad_input", "security", "types"),
 }
 
 # Modules whose tests stand with another's, and with which.
 TESTED_WITH = {
-    "durable.py": "training/checkpoints.py",
     "teachers/fingerprint.py": "teachers/record.py",
     "teachers/recording.py": "teachers/record.py",
     "teachers/replaying.py": "teachers/record.py",

@@ -5,24 +5,24 @@ import sys
 
 import pytest
 
-from hf_deit.processes import by_one_process
+from hf_deit.processes import on_main_process
 from hf_deit.training.checkpoints import CheckpointError
 
 
 PROGRAM = """
 import os
 from hf_deit.training.checkpoints import CheckpointError
-from hf_deit.processes import by_one_process
+from hf_deit.processes import on_main_process
 from accelerate import PartialState
 
 rank, done = PartialState(cpu=True).process_index, []
-found = by_one_process(lambda: done.append(rank) or {"from": rank})
+found = on_main_process(lambda: done.append(rank) or {"from": rank})
 
 def refuse():
     raise CheckpointError(f"no, says {rank}")
 
 try:
-    by_one_process(refuse)
+    on_main_process(refuse)
 except CheckpointError as refusal:
     told = str(refusal)
 os.write(1, f"{rank}: did it {len(done)} times, {found}, {told}\\n".encode())
@@ -30,13 +30,13 @@ os.write(1, f"{rank}: did it {len(done)} times, {found}, {told}\\n".encode())
 
 
 def test_alone_it_is_the_call():
-    assert by_one_process(lambda: 3) == 3
+    assert on_main_process(lambda: 3) == 3
 
     def refuse():
         raise CheckpointError("no")
 
     with pytest.raises(CheckpointError, match="^no$"):
-        by_one_process(refuse)
+        on_main_process(refuse)
 
 
 def test_all_ranks_hear_the_result_and_the_refusal(tmp_path):

@@ -55,7 +55,7 @@ def test_an_unreadable_recipe_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nowhere.yaml' cannot be read"):
         parse_recipe(KINDS, [str(tmp_path / "nowhere.yaml")])
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(ValueError, match="is a list; expected lines of the form"):
         parse_recipe(KINDS, [str(tmp_path / "list.yaml")])
 
 

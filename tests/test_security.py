@@ -43,8 +43,8 @@ from hf_deit.training.checkpoints import (
     checkpoint_to_resume,
     committed,
     facts_of,
-    problem_of,
     remove_unfinished,
+    verify_checkpoint,
 )
 from hf_deit.training.model_card import as_text, build_model_card
 
@@ -122,7 +122,7 @@ def changed(good, tmp_path):
     return change
 
 
-CODE = {name: "evil.C" for name in ("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor")}
+CODE = dict.fromkeys(("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor"), "evil.C")
 
 
 def foreign_code(folder, mark):
@@ -271,8 +271,8 @@ def test_a_hostile_manifest_is_a_damaged_one(tmp_path, manifest, problem):
                 os.symlink(target, folder / name)
         manifest = json.dumps({"run": {}, "files": files})
     (folder / MANIFEST).write_text(manifest)
-    assert re.search(problem, problem_of(folder))
-    with pytest.raises(ValueError, match="none is whole|holds the link"):
+    assert re.search(problem, verify_checkpoint(folder))
+    with pytest.raises(ValueError, match="are damaged|holds the link"):
         checkpoint_to_resume(tmp_path / "run", "auto")
 
 
@@ -364,7 +364,7 @@ def test_a_hostile_name_is_only_a_name_nobody_knows(run, tmp_path, mark, monkeyp
 def test_a_hostile_repository_is_refused_before_training(run, name):
     end = run("--push_to_hub", "true", "--hub_model_id", name)
     assert end.startswith(f"error: cannot push to {name!r} on the Hub: Repo id must ")
-    assert end.endswith("Training has not begun: mend it first")
+    assert end.endswith("Training has not begun: fix this first")
 
 
 # --- images --------------------------------------------------------------------------------------------------------
@@ -401,10 +401,13 @@ HOSTILE_IMAGES = {
     "JPEG of 4 gigapixels": (jpeg(65_000, 65_000), "4225000000 pixels"),
     "JPEG without height": (jpeg(8, 0), ""),
     "GIF of 4 gigapixels": (gif(65_000, 65_000), "4225000000 pixels"),
-    "EPS": (EPS, "no image that Pillow can identify"),
-    "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'><script>x</script></svg>", "no image that Pillow can identify"),
-    "WMF": (b"\xd7\xcd\xc6\x9a\0\0" + bytes(100), "no image that Pillow can identify"),
-    "pickle": (pickle.dumps([1, 2, 3]), "no image that Pillow can identify"),
+    "EPS": (EPS, "not an image that Pillow can identify"),
+    "SVG": (
+        b"<svg xmlns='http://www.w3.org/2000/svg'><script>x</script></svg>",
+        "not an image that Pillow can identify",
+    ),
+    "WMF": (b"\xd7\xcd\xc6\x9a\0\0" + bytes(100), "not an image that Pillow can identify"),
+    "pickle": (pickle.dumps([1, 2, 3]), "not an image that Pillow can identify"),
 }
 
 
@@ -457,7 +460,7 @@ def test_a_pickled_type_in_a_parquet_file_stays_a_pickle(tmp_path, mark):
         "ARROW:extension:metadata": pickle.dumps(Payload(mark)),
     }
     folder = parquet_set(tmp_path / "set", label=pa.field("label", pa.int64(), metadata=extension))
-    with pytest.raises(ValueError, match="name it with image_column"):
+    with pytest.raises(ValueError, match="set image_column to one of them"):
         load_image_dataset(folder)
 
 

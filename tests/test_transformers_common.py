@@ -102,7 +102,7 @@ def make_case(common: types.ModuleType, classes: tuple[type, ...], trained: tupl
 
         def test_model_get_set_embeddings(self):
             for model_class in self.all_model_classes:
-                self.assertIsNotNone(model_class(self.model_tester.get_config()).get_input_embeddings())
+                assert model_class(self.model_tester.get_config()).get_input_embeddings() is not None
 
         def test_can_load_ignoring_mismatched_shapes(self):
             if classes[0].__module__.startswith("hf_deit."):

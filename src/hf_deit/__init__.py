@@ -67,7 +67,7 @@ _MODULE_OF = {
     "parse_recipe": "recipe",
     "soft_target_cross_entropy": "losses",
 }
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605
+__all__ = sorted(_MODULE_OF)
 
 register_when_imported()
 

@@ -1,4 +1,4 @@
-"""The arguments that the scripts share: which images, which student, which teacher."""
+"""Arguments shared by the scripts: the images, the student and the teacher."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ Affects = Literal["views", "weights", "machine"]
 
 
 class OptionHelp(str):
-    """The help text of an option, which carries what the option affects.
+    """Help text of an option, with an attribute that records what the option affects.
 
-    HfArgumentParser hands every entry of a field's metadata to argparse, which refuses entries of ours.
+    The attribute sits on the text because HfArgumentParser passes every entry of a field's metadata to argparse, and
+    argparse rejects entries that it does not know.
     """
 
     affects: Affects
 
 
 def option(default: Any, text: str, *, affects: Affects = "weights") -> Any:
-    """A field of a dataclass of settings.
+    """Build a field of a settings dataclass.
 
     Args:
-        default: its default, or a function without arguments that returns it.
-        text: what `--help` says of it.
-        affects: what another value changes: the "views" (which pixels are shown when, and so also the weights), the
-            "weights", or only the "machine" (speed, memory, files, what is logged). Cards, the comparison on resuming,
-            records of teacher outputs and sweeps read it.
+        default: default value, or a function without arguments that returns it.
+        text: help text of the option, as printed by `--help`.
+        affects: what changes with the option's value: the "views" (which pixels are shown when, and therefore the
+            weights too), the "weights", or only the "machine" (speed, memory, files, logs). Model cards, the
+            comparison of settings on resume, recorded teacher outputs and sweeps read `affects`.
     """
     metadata = {"help": OptionHelp(text)}
     metadata["help"].affects = affects
@@ -39,64 +40,85 @@ def option(default: Any, text: str, *, affects: Affects = "weights") -> Any:
 
 
 def names_affecting(kind: type, *affects: Affects) -> list[str]:
-    """The names of the dataclass's fields that affect one of these, in their order."""
+    """Return the names of the fields of `kind` that affect any of `affects`, in declaration order."""
     return [item.name for item in fields(kind) if getattr(item.metadata.get("help"), "affects", None) in affects]
 
 
 @dataclass
 class DataArguments:
-    """Which images, and at what size."""
+    """The images and their size."""
 
     dataset_name: str = option("imagenet-1k", "Registry name, Hub id, or directory of images or parquet files.")
-    data_dir: str | None = option(None, "Where the set of that registry name lies; unset: on the Hub.")
-    category_level: str | None = option(
-        None, "iNaturalist: what a class is, 'kingdom' ... 'genus' or 'name' (species; default)."
+    data_dir: str | None = option(
+        None, "Directory of the registered dataset. Default: download the dataset from the Hub."
     )
-    streaming: bool = option(False, "Read the training images (parquet) while training, without downloading them.")
-    image_column: str | None = option(None, "Column of the images, where it cannot be told from the types.")
-    label_column: str | None = option(None, "Column of the labels, where it cannot be told from the types.")
-    train_split: str | None = option(None, "Split to train on.")
-    eval_split: str | None = option(None, "Split to evaluate on.")
-    max_train_samples: int | None = option(None, "Train on a random subset of this many images.")
+    category_level: str | None = option(
+        None, "iNaturalist only: category level of the classes, 'kingdom' to 'genus' or 'name' (species; default)."
+    )
+    streaming: bool = option(
+        False, "Read the training images from parquet files during training, without downloading the dataset."
+    )
+    image_column: str | None = option(None, "Column of the images. Default: found from the column types.")
+    label_column: str | None = option(None, "Column of the labels. Default: found from the column types.")
+    train_split: str | None = option(
+        None, "Split to train on; join several with '+'. Default: the registry's split, else 'train'."
+    )
+    eval_split: str | None = option(
+        None, "Split to evaluate on; join several with '+'. Default: the registry's split, else a held-out split."
+    )
+    max_train_samples: int | None = option(
+        None, "Train on a random subset of this many images (streaming: on the first ones)."
+    )
     max_eval_samples: int | None = option(None, "Evaluate on a random subset of this many images.")
-    image_size: int = option(224, "Side of the square views, pixels.")
+    image_size: int = option(224, "Side length of the square views, in pixels.")
     crop_ratio: float | None = option(
         None,
-        "Evaluation: share of the shorter side that the centre crop keeps. Unset: 0.875; 1 up to 32 px and from 384.",
+        "Share of the shorter side kept by the centre crop of evaluation. Default: 0.875, but 1 for image_size <= 32 "
+        "and >= 384.",
     )
 
     def loading(self) -> dict:
-        """The arguments of [`load_image_dataset`]."""
+        """Return the keyword arguments of [`load_image_dataset`]."""
         names = {item.name for item in fields(DataArguments)} - {"dataset_name", "image_size", "crop_ratio"}
         return {"name": self.dataset_name} | {name: getattr(self, name) for name in names}
 
 
 @dataclass
 class ModelArguments:
-    """Which student and which teacher: a checkpoint, or a named size, or the fields of DeiTConfig (they override)."""
+    """The student (a checkpoint or a named size, with fields of DeiTConfig that override either) and the teacher."""
 
-    model_name_or_path: str | None = option(None, "DeiT checkpoint to start from: directory or Hub id.")
-    model_size: str | None = option(None, "'tiny', 'small' or 'base' (Table 1), with fresh weights.")
-    use_distillation_token: bool = option(True, "Two tokens and two heads; false is the plain DeiT.")
+    model_name_or_path: str | None = option(None, "DeiT checkpoint to start from: a directory or a Hub id.")
+    model_size: str | None = option(None, "Model with fresh weights: 'tiny', 'small' or 'base' (Table 1).")
+    use_distillation_token: bool = option(True, "Use a distillation token and a second head. False: the plain DeiT.")
     hidden_size: int | None = option(None, "Embedding dimension.")
-    num_hidden_layers: int | None = option(None, "Number of blocks.")
+    num_hidden_layers: int | None = option(None, "Number of transformer blocks.")
     num_attention_heads: int | None = option(None, "Number of attention heads.")
-    patch_size: int | None = option(None, "Side of a patch, pixels.")
-    drop_path_rate: float | None = option(None, "Stochastic depth of the last block, in [0, 1). Paper: 0.1.")
-    hidden_dropout_prob: float | None = option(
-        None, "Dropout after the embeddings and on both branches of a block, in [0, 1). Paper: 0."
+    patch_size: int | None = option(None, "Side length of a patch, in pixels.")
+    drop_path_rate: float | None = option(
+        None, "Stochastic depth rate of the last transformer block, in [0, 1). Paper: 0.1."
     )
-    head_fusion: str | None = option(None, "'softmax' (paper), 'logits', 'class' or 'distillation'.")
-    attn_implementation: str | None = option(None, "'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'.")
+    hidden_dropout_prob: float | None = option(
+        None, "Dropout after the embeddings and on both branches of a transformer block, in [0, 1). Paper: 0."
+    )
+    head_fusion: str | None = option(
+        None, "How the two heads are combined: 'softmax' (paper), 'logits', 'class' or 'distillation'."
+    )
+    attn_implementation: str | None = option(
+        None, "Attention: 'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'."
+    )
     teacher: str | None = option(
-        None, "Directory, Hub id, timm:<name>[?checkpoint=path] or python:<module>:<factory>; several with commas."
+        None,
+        "Teacher: directory, Hub id, timm:<name>[?checkpoint=path] or python:<module>:<factory>; separate several "
+        "with commas.",
     )
     teacher_recipe: str | None = option(
-        None, "Where teacher is unset: recipe beside run_teacher.py that makes it, run first if its output is absent."
+        None,
+        "Recipe of run_teacher.py that trains the teacher, in the recipes' folder; it runs first if its output_dir is "
+        "missing. Used only if `teacher` is unset.",
     )
 
     def config_overrides(self) -> dict:
-        """The fields of DeiTConfig that were given."""
+        """Return the fields of DeiTConfig that were set."""
         elsewhere = {"model_name_or_path", "model_size", "use_distillation_token", "attn_implementation"}
         names = {item.name for item in fields(self)} - elsewhere - {"teacher", "teacher_recipe"}
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -104,12 +126,13 @@ class ModelArguments:
 
 @dataclass
 class ClassifierArguments:
-    """Which teacher run_teacher.py trains."""
+    """The teacher that run_teacher.py trains."""
 
     model_name_or_path: str = option(
-        "timm:regnety_160", "timm:<architecture> for fresh weights, or a directory or Hub id to fine-tune."
+        "timm:regnety_160",
+        "Teacher to train: timm:<architecture> with fresh weights, or a directory or Hub id to fine-tune.",
     )
-    model_args: dict | str | None = option(None, "Arguments of timm's create_model, as a mapping (JSON).")
+    model_args: dict | str | None = option(None, "Arguments of timm.create_model, as a YAML or JSON mapping.")
 
     def __post_init__(self):
         if isinstance(self.model_args, str):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also after the machine has lost its power."""
+"""Flush files to the disk, so that after a loss of power a file is either complete or missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def flush(path: Path) -> None:
-    """Has the system put a file, or a folder's entries, on the disk before what follows."""
+    """Write a file, or the entries of a folder, to the disk before returning (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

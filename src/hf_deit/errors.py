@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and how a script ends."""
+"""Errors that the user can fix, and the way a script ends."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """What was asked for cannot be done. The message is one line: what was got, what was expected, how to mend it.
+    """An error that the user can fix. Its message is one line: what was got, what was expected, and how to fix it.
 
-    Scripts print the message alone. Any other exception is a bug, here or in a library, and keeps its traceback.
+    Scripts print only the message. Any other exception is a bug, in this package or in a library, and keeps its
+    traceback.
     """
 
 
 class NonFiniteError(UserError, FloatingPointError):
-    """A loss or a gradient that is not finite; the weights are those before it."""
+    """A loss or a gradient is not finite; the weights are those before the step that produced it."""
 
 
 @contextmanager
 def refusals_of_libraries() -> Iterator[None]:
-    """Turn what Transformers, accelerate or a missing package refuse about the user's options into a [`UserError`].
+    """Turn an error with which Transformers, accelerate or a missing package rejects an option into a [`UserError`].
 
-    Only what one of these libraries itself raises counts: an error of ours, or of PyTorch, passes unchanged.
+    Only errors that one of these libraries itself raises are converted; an error of this package or of PyTorch passes
+    unchanged.
     """
     try:
         yield
@@ -40,14 +42,14 @@ def refusals_of_libraries() -> Iterator[None]:
         if not raised_by:
             raise
         text = " ".join(str(error).split())
-        raise UserError(f"an option of this run was refused: {text}") from error
+        raise UserError(f"an option of this run was rejected: {text}") from error
 
 
 def run_script(main: Callable[[], object]) -> None:
     """Run a script's `main`; a [`UserError`] becomes one line on stderr and exit status 1.
 
-    So does what the machine does to a run: a full disk, a loader's worker that is killed. What a loader's worker
-    raises counts like what is raised in this process.
+    A failure of the machine (a full disk, a loader worker that is killed) is reported in the same way. An exception of
+    a loader worker is treated like an exception of this process.
     """
     try:
         main()
@@ -56,7 +58,7 @@ def run_script(main: Callable[[], object]) -> None:
             print(message, file=sys.stderr, flush=True)
         raise
     except Exception as error:
-        # PyTorch reports a worker's death by a signal handler that raises wherever it interrupts, also here.
+        # PyTorch reports the death of a worker in a signal handler, which raises wherever it interrupts: also here.
         with suppress(RuntimeError):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         message = _message_of(error) if isinstance(error, UserError) else _done_by_the_machine(error)
@@ -66,7 +68,10 @@ def run_script(main: Callable[[], object]) -> None:
 
 
 def _message_of(error: UserError) -> str:
-    """The message; of an error that PyTorch re-raises from a worker, the end of the traceback that is its text."""
+    """Return the message of `error`.
+
+    The text of an error that PyTorch re-raises from a loader worker is a whole traceback; the message is its end.
+    """
     text = str(error)
     if not re.match(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", text):
         return text
@@ -75,15 +80,15 @@ def _message_of(error: UserError) -> str:
 
 
 def _done_by_the_machine(error: Exception) -> str | None:
-    text, again = str(error), "Start the same command again: it resumes from its last checkpoint"
-    if os.strerror(errno.ENOSPC) in text:  # safetensors has a type of its own for it
+    text, again = str(error), "Start the same command again to resume from the last checkpoint"
+    if os.strerror(errno.ENOSPC) in text:  # safetensors raises its own exception type
         return f"the disk is full ({text.splitlines()[0]}). Free some space. {again}"
-    # A worker that dies is noticed by PyTorch, or where its result is taken from its queue.
+    # The death of a worker is noticed by PyTorch, or when this process takes a result from the worker's queue.
     dies = re.match(r"DataLoader worker \(pid.*", text)
     files = [Path(frame.filename).parts[-2:] for frame in traceback.extract_tb(error.__traceback__)]
     if dies or (isinstance(error, (OSError, EOFError)) and ("multiprocessing", "queues.py") in files):
         return (
-            f"a loader worker died ({dies[0].strip() if dies else type(error).__name__}). Usual causes: no memory "
-            f"left (see dmesg), a full /dev/shm, a crash of a library (dataloader_num_workers: 0 shows it). {again}"
+            f"a loader worker died ({dies[0].strip() if dies else type(error).__name__}). Usual causes: out of memory "
+            f"(see dmesg), a full /dev/shm, a crash in a library (use dataloader_num_workers: 0 to see it). {again}"
         )
     return None

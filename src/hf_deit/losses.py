@@ -1,9 +1,9 @@
 """The training objectives of the paper, as pure functions of logits.
 
 Eq. 2 (soft distillation), eq. 3 (hard distillation) and the cross-entropy against soft targets that Mixup and CutMix
-need. Nothing here knows a model, a teacher or a trainer; everything is computed in float32 whatever comes in.
+need. The functions know no model, teacher or trainer, and compute in float32 whatever the dtype of the logits.
 
-Source: Touvron et al. 2021 (arXiv 2012.12877), section 4; for the conventions facebookresearch/deit losses.py.
+Source: Touvron et al. 2021 (arXiv 2012.12877), section 4; facebookresearch/deit losses.py for the conventions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KL_REDUCTIONS = ("batchmean", "numel")
 
 
 def default_alpha(distillation_type: str) -> float:
-    """Weight of the teacher's term: λ = 0.1 for "soft" (section 6), 0 for "none", one half otherwise (eq. 3)."""
+    """The paper's weight of the distillation term: λ = 0.1 for "soft" (section 6), 0 for "none", else 1/2 (eq. 3)."""
     return {"none": 0.0, "soft": 0.1}.get(distillation_type, 0.5)
 
 
@@ -29,8 +29,8 @@ def soft_target_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: 
 
     Args:
         logits: `(batch, classes)`, any float dtype.
-        targets: `(batch, classes)`, float, rows sum to 1 (what [`Mixing`] returns).
-        label_smoothing: in [0, 1); moves that share of each row to the uniform distribution.
+        targets: `(batch, classes)`, float, each row sums to 1, as [`Mixing`] returns them.
+        label_smoothing: in [0, 1), the share of each row that moves to the uniform distribution.
 
     Returns:
         Scalar, float32, nats.
@@ -40,7 +40,7 @@ def soft_target_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: 
     """
     if logits.shape != targets.shape:
         raise UserError(
-            f"soft targets have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}: use (batch, classes)"
+            f"soft targets have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}; expected (batch, classes)"
         )
     return F.cross_entropy(logits.float(), targets.float(), label_smoothing=label_smoothing)
 
@@ -55,7 +55,7 @@ def _soft_distillation(logits: Tensor, teacher_logits: Tensor, temperature: floa
     """τ² KL(teacher ‖ student) at temperature τ: the second term of eq. 2 without its λ.
 
     The paper writes the two softmaxes in the other order; the direction here is that of Hinton et al. and of the
-    authors' code. They also divided by batch x classes ("numel"), a factor of 1000 less on ImageNet.
+    authors' code. The authors' code divides by batch x classes ("numel"), which is 1000 times smaller on ImageNet.
     """
     divergence = F.kl_div(
         F.log_softmax(logits.float() / temperature, dim=1),
@@ -79,22 +79,22 @@ def distillation_loss(
     label_smoothing: float = 0.1,
     kl_reduction: str = "batchmean",
 ) -> dict[str, Tensor]:
-    """The loss of one batch and its parts: `(1 - alpha) * class_loss + alpha * distillation_loss`.
+    """Compute the loss of one batch and its parts: `(1 - alpha) * class_loss + alpha * distillation_loss`.
 
-    The class head always learns the (smoothed) true label. The second term reaches the distillation head alone; where
-    the student has no distillation token it reaches the class head (Table 3, "usual" and "hard" rows).
+    The class head always learns the (smoothed) true label. The second term reaches only the distillation head, or the
+    class head if the student has no distillation token (Table 3, "usual" and "hard" rows).
 
     Args:
         class_logits: `(batch, classes)`, from the class token.
         distillation_logits: `(batch, classes)` from the distillation token, or None for a student without one.
         labels: `(batch,)` int64 in [0, classes), or `(batch, classes)` float soft targets.
-        teacher_logits: `(batch, classes)`; no gradient flows into them. Needed by "soft" and "hard"; for "hard" the
-            teacher's decisions will do, `(batch,)` int64.
+        teacher_logits: `(batch, classes)`, required by "soft" and "hard"; no gradient flows into them. "hard" also
+            accepts the teacher's decisions, `(batch,)` int64.
         distillation_type: "hard" (eq. 3), "soft" (eq. 2), "label" (the second term is the true label too: the
             two-class-token control of section 4), "none" (the class term only).
-        alpha: weight of the second term in [0, 1]; None is the paper's: 1/2, and λ = 0.1 for "soft".
+        alpha: weight of the second term in [0, 1]; None selects [`default_alpha`].
         temperature: τ > 0 of eq. 2; "soft" only.
-        label_smoothing: ε in [0, 1), on true labels only, never on the teacher's.
+        label_smoothing: ε in [0, 1), applied to true labels only, never to the teacher's.
         kl_reduction: "batchmean", or "numel" for the scaling of the authors' released code; "soft" only.
 
     Returns:
@@ -117,16 +117,20 @@ def distillation_loss(
     else:
         if teacher_logits is None:
             raise UserError(
-                f"distillation_type={distillation_type!r} needs teacher_logits; pass them, or use 'none' or 'label'"
+                f"distillation_type={distillation_type!r} needs teacher_logits; pass teacher_logits, or use 'none' or "
+                "'label'"
             )
         are_decisions = teacher_logits.dim() == 1 and teacher_logits.dtype == torch.int64
         if are_decisions and distillation_type != "hard":
-            raise UserError(f"distillation_type={distillation_type!r} needs teacher_logits; got decisions, for 'hard'")
+            raise UserError(
+                f"distillation_type={distillation_type!r} needs teacher_logits of shape (batch, classes); got "
+                "decisions, which only 'hard' accepts"
+            )
         expected = taught_logits.shape[:1] if are_decisions else taught_logits.shape
         if teacher_logits.shape != expected:
             raise UserError(
-                f"teacher_logits are {tuple(teacher_logits.shape)}, the student's {tuple(taught_logits.shape)}; "
-                "teacher and student must see the same batch and know the same classes"
+                f"teacher_logits have shape {tuple(teacher_logits.shape)}, the student's "
+                f"{tuple(taught_logits.shape)}; teacher and student must see the same batch and know the same classes"
             )
         teacher_logits = teacher_logits.detach()
         if distillation_type == "hard":

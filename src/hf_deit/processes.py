@@ -1,4 +1,4 @@
-"""What one process of several does for all of them."""
+"""Work that one process does for all processes of a run."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .errors import UserError
 T = TypeVar("T")
 
 
-def by_one_process(action: Callable[[], T]) -> T:
-    """The main process does it, and all hear the result, be it a refusal: nobody is left waiting.
+def on_main_process(action: Callable[[], T]) -> T:
+    """Run `action` on the main process; every rank gets its result or its [`UserError`], so no rank waits for ever.
 
-    Called by every rank.
+    Every rank must call this function.
 
     Raises:
-        UserError: what the action raised, or a subclass of it, on every rank.
+        UserError: the error (or subclass) that `action` raised, on every rank.
     """
-    answer: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
-            answer[0] = action()
+            outcome[0] = action()
         except UserError as error:
-            answer[1] = error
-    result, refusal = broadcast_object_list(answer)
-    if refusal is not None:
-        raise refusal
+            outcome[1] = error
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
     return result

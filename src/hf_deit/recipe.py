@@ -1,7 +1,7 @@
-"""A recipe: flat YAML and the command line, together the dataclasses of a run.
+"""Read the settings of a run from a recipe (flat YAML) and the command line.
 
-Every key is a field of one of the dataclasses, on both sides; the command line wins. A recipe is data: nothing in it
-is executed, and a key nobody knows is refused.
+Every key of the recipe and every option of the command line is a field of one of the run's dataclasses; the command
+line overrides the recipe. A recipe is data: none of its values is executed, and an unknown key is an error.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
@@ -21,18 +22,18 @@ from .errors import UserError
 
 
 def parse_recipe(
-    dataclass_types: Sequence[type], argv: Sequence[str] | None = None, default_recipe: str | Path | None = None
+    dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, default_recipe: str | Path | None = None
 ) -> tuple:
-    """`[recipe.yaml] [--key value ...]` to one instance of each dataclass.
+    """Parse `[recipe.yaml] [--key value ...]` into one instance of each dataclass.
 
     Args:
-        dataclass_types: the run's dataclasses; no field name may stand in two of them.
-        argv: the words after the script's name; `sys.argv[1:]` if None.
-        default_recipe: used where the first word is no recipe.
+        dataclass_types: the run's dataclasses; no two of them may share a field name.
+        argv: the command line after the script's name; `sys.argv[1:]` if None.
+        default_recipe: recipe to use if the command line does not begin with one.
 
     Raises:
-        ValueError: a recipe that cannot be read, an unknown key (the nearest known one is named), a value that a
-            dataclass refuses. A value of the wrong type ends the program with argparse's message and status 2.
+        ValueError: the recipe cannot be read, a key is unknown (the message suggests the nearest known key), or a
+            dataclass rejects a value. A value of the wrong type ends the program with argparse's message and status 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = argv.pop(0) if argv and not argv[0].startswith("-") else default_recipe
@@ -44,7 +45,7 @@ def parse_recipe(
         *instances, unknown = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True
         )
-    except (ValueError, ImportError) as error:  # what TrainingArguments itself refuses is the user's to mend as well
+    except (ValueError, ImportError) as error:  # TrainingArguments rejected an option
         raise UserError(str(error)) from error
     if unknown:
         raise UserError(f"the command line has {unknown[0]!r}{_did_you_mean(unknown[0].lstrip('-'), known)}")
@@ -57,22 +58,23 @@ def _read_recipe(path: Path, known: set[str]) -> dict:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"recipe {str(path)!r} cannot be read: {error}") from error
     if not isinstance(keys, dict):
-        raise UserError(f"recipe {str(path)!r} holds a {type(keys).__name__}; it must be lines of 'key: value'")
+        raise UserError(f"recipe {str(path)!r} is a {type(keys).__name__}; expected lines of the form 'key: value'")
     for key in keys:
         if key not in known:
             raise UserError(f"recipe {str(path)!r} has the key {key!r}{_did_you_mean(str(key), known)}")
         if re.search(r"(^|[\s,'\"\[])python:", str(keys[key])):
             raise UserError(
-                f"recipe {str(path)!r} names code to run, {keys[key]!r}, and a recipe is data: give it on the command "
-                f"line, --{key} {keys[key]}"
+                f"recipe {str(path)!r} sets {key} to code to run, {keys[key]!r}; a recipe may only hold data. Pass "
+                f"the value on the command line: --{key} {keys[key]}"
             )
     return {key: _as_typed(value) for key, value in keys.items()}
 
 
 def _as_typed(value):
-    """What argparse would have read on the command line, so that both go through the same conversion.
+    """Convert a value of a recipe to the text that argparse would read on the command line.
 
-    YAML has opinions of its own: PyYAML reads 5e-4 as a string, and a whole number as an int where a float is meant.
+    Recipe and command line then go through the same conversion. The types of YAML alone would not do: PyYAML reads
+    5e-4 as a string, and a whole number as an int even if the field is a float.
     """
     if isinstance(value, dict):
         return json.dumps(value)

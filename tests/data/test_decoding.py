@@ -325,7 +325,7 @@ BOMBS = {
 }
 DAMAGED = {
     "empty": ({"bytes": b"", "path": None}, "empty: 0 bytes"),
-    "text": ({"bytes": b"<html>404</html>", "path": None}, "no image that Pillow can identify"),
+    "text": ({"bytes": b"<html>404</html>", "path": None}, "holds no image that Pillow can identify"),
     "no file": ({"bytes": None, "path": "/nowhere/a.jpg"}, "cannot be read: No such file"),
     "a directory": ({"bytes": None, "path": "/"}, "cannot be read: Is a directory"),
     "no bytes and no path": ({"bytes": None, "path": None}, "neither bytes nor a path"),

@@ -56,7 +56,9 @@ def test_a_class_missing_in_val_keeps_its_place(tmp_path):
 def test_a_class_only_val_has_is_refused(tmp_path):
     for name in ("train/a/1.jpg", "val/a/1.jpg", "val/z/1.jpg"):
         write_image(tmp_path / name)
-    with pytest.raises(ValueError, match="1 classes that .*train.* has no images of, such as z; both need the same"):
+    with pytest.raises(
+        ValueError, match="1 classes that .*train.* has no images of, such as z; both folders need the same"
+    ):
         read_image_folders(tmp_path / "val", tmp_path / "train")
 
 

@@ -26,8 +26,8 @@ def test_labels_in_range_pass_the_collator_untouched():
 @pytest.mark.parametrize(
     "labels, message",
     [
-        (torch.tensor([0, 10, 3]), r"number 1 of a batch has the label 10, .* 10 classes, 0 to 9 \(1 of 3 such"),
-        (torch.tensor([0, 1, -1]), "number 2 of a batch has the label -1, .*a split without labels"),
+        (torch.tensor([0, 10, 3]), r"number 1 of a batch has the label 10, but the 10 classes are 0 to 9 \(1 of 3"),
+        (torch.tensor([0, 1, -1]), "number 2 of a batch has the label -1, .*Check that the split has labels"),
         (torch.tensor([-100, 1, 1]), "number 0 of a batch has the label -100"),  # which PyTorch would leave out
         (torch.tensor([0.0, 1, 2]), r"are torch.float32 \(3,\); expected whole numbers"),
         (torch.eye(3), r"are torch.float32 \(3, 3\); expected"),
@@ -46,23 +46,27 @@ def labelled(labels, feature):
 @pytest.mark.parametrize(
     "labels, feature, message",
     [
-        ([0, 2, -1, -1], datasets.ClassLabel(num_classes=3), r"number 2 of the training set .*label -1.*\(2 of 4"),
-        ([0, 3, 1, 1], datasets.Value("int64"), "number 1 of the training set has the label 3, .* 3 classes, 0 to 2"),
+        ([0, 2, -1, -1], datasets.ClassLabel(num_classes=3), r"number 2 of the training images .*label -1.*\(2 of 4"),
+        (
+            [0, 3, 1, 1],
+            datasets.Value("int64"),
+            "number 1 of the training images has the label 3, .* 3 classes are 0 to 2",
+        ),
         ([0.0, 1.0], datasets.Value("float32"), "the labels of the training images are float32; .*label_column"),
         ([[0], [1, 2]], datasets.List(datasets.Value("int64")), "images are object; expected"),
     ],
 )
-def test_the_labels_of_a_set_are_looked_at_before_training(labels, feature, message):
+def test_all_labels_are_checked_before_training(labels, feature, message):
     with pytest.raises(ValueError, match=message):
         check_labels(labelled(labels, feature), 3, "training")
 
 
-def test_a_subset_answers_for_its_own_labels():
+def test_only_the_labels_of_a_subset_are_checked():
     whole = labelled([0, 1, -1, 2, -1, 7], datasets.Value("int64"))
     check_labels(whole.select([3, 1, 0]), 3, "training")
-    with pytest.raises(ValueError, match=r"number 2 of the evaluation set has the label 7, .*\(1 of 3 such"):
+    with pytest.raises(ValueError, match=r"number 2 of the evaluation images has the label 7, .*\(1 of 3"):
         check_labels(whole.select([3, 1, 5]), 3, "evaluation")
-    check_labels([{"label": 7}], 3, "training")  # a plain list is looked at by the batch
+    check_labels([{"label": 7}], 3, "training")  # the labels of a plain list are checked batch by batch
 
 
 @pytest.mark.parametrize("part", ["train", "eval"])
@@ -72,7 +76,7 @@ def test_a_label_out_of_range_is_refused_before_the_first_step(tiny_images, tmp_
     labels = list(images[part]["label"][:])
     labels[7] = -1
     images[part] = rows.add_column("label", np.array(labels))
-    with pytest.raises(ValueError, match="number 7 of the (training|evaluation) set has the label -1"):
+    with pytest.raises(ValueError, match="number 7 of the (training|evaluation) images has the label -1"):
         trainer(images, tmp_path)
 
 
@@ -82,11 +86,11 @@ def test_a_list_with_a_label_out_of_range_is_refused_in_its_batch(tiny_images, t
     rows = list(images["train"])
     rows[5] = rows[5] | {"label": 3}
     run = trainer({"train": rows, "eval": images["eval"]}, tmp_path, dataloader_num_workers=num_workers)
-    with pytest.raises(ValueError, match="of a batch has the label 3, and there are 3 classes, 0 to 2"):
+    with pytest.raises(ValueError, match="of a batch has the label 3, but the 3 classes are 0 to 2"):
         run.train()
 
 
 def test_views_of_floats_are_refused_by_the_collator():
     examples = [{"pixel_values": np.zeros((2, 2, 3), np.uint8), "labels": 1.5}]
-    with pytest.raises(ValueError, match="expected whole numbers, one an image"):
+    with pytest.raises(ValueError, match="expected whole numbers, one per image"):
         CheckedLabels(collate_views, 3)(examples)

@@ -152,7 +152,7 @@ def test_a_class_nobody_trains_on_is_refused(tmp_path, picture):
 
 @pytest.mark.parametrize(
     "labels, message",
-    [([0, None], "has images without a label in train"), ([0.5, 1.5], "labels are of the type float")],
+    [([0, None], "has images without a label in the split train"), ([0.5, 1.5], "labels are of the type float")],
 )
 def test_labels_that_are_none_are_refused(tmp_path, picture, labels, message):
     with pytest.raises(ValueError, match=message):
@@ -304,20 +304,28 @@ def test_a_gated_set_nobody_registered_says_so_too(monkeypatch):
 def test_a_set_without_a_copy_on_the_hub_says_what_to_get_from_where(name):
     with pytest.raises(ValueError) as error:
         load_image_dataset(name, splits=("eval",))
-    for part in ("from a directory only", REGISTRY[name].layout.description, REGISTRY[name].page):
+    for part in ("can only be read from a directory", REGISTRY[name].layout.description, REGISTRY[name].page):
         assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
-        ("nobody/nothing", {"data_dir": "."}, "data_dir says where a registered set lies .*the name is the directory"),
-        ("cifar10", {"data_dir": "no/where"}, "data_dir 'no/where' is no directory"),
-        ("cifar10", {"category_level": "genus"}, "category_level is for inat18 and inat19; 'cifar10' has one level"),
+        (
+            "nobody/nothing",
+            {"data_dir": "."},
+            "data_dir is the directory of a registered dataset .*give the directory as dataset_name",
+        ),
+        ("cifar10", {"data_dir": "no/where"}, "data_dir is 'no/where', which is not a directory"),
+        (
+            "cifar10",
+            {"category_level": "genus"},
+            "category_level is only for inat18 and inat19; .* 'cifar10', which has one level",
+        ),
         (
             "inat18",
             {"category_level": "genus", "data_dir": "{}"},
-            "category_level needs the official files .*train2018",
+            "category_level needs the official files, .*train2018",
         ),
         ("flowers102", {"data_dir": "{}"}, "no images found .*, or the official layout: jpg/image_00001.jpg"),
     ],
@@ -333,7 +341,7 @@ def test_class_names_that_differ_between_the_splits_are_refused(tmp_path, pictur
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
         rows = datasets.Dataset.from_dict({"image": [{"bytes": picture(), "path": None}], "label": [0]}, features)
         rows.to_parquet(str(tmp_path / f"{split}.parquet"))
-    with pytest.raises(ValueError, match="the classes of train .2. and test .2. differ; both need the same"):
+    with pytest.raises(ValueError, match="the classes of train .2. and test .2. differ; both splits need the same"):
         load_image_dataset(str(tmp_path))
 
 
@@ -402,4 +410,4 @@ def test_a_missing_shard_is_one_warning(tmp_path, caplog):
     images = load_image_dataset(str(tmp_path))
     assert len(images["train"]) == 4
     (warning,) = (record.getMessage() for record in caplog.records if "missing" in record.getMessage())
-    assert warning.startswith("1 of 3 files are missing, such as ") and "train-00001-of-00003.parquet" in warning
+    assert warning.startswith("1 of 3 shard files are missing, such as ") and "train-00001-of-00003.parquet" in warning

@@ -60,12 +60,12 @@ def test_truncated_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="test_batch.bin' has 3078 bytes, no multiple of 3073: truncated"):
         official_layouts.CIFAR10.read(tmp_path, "test")
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\3" + b"\0\0\0\2" * 3 + bytes(7)))
-    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte.gz' is no whole idx file"):
+    with pytest.raises(ValueError, match="t10k-images-idx3-ubyte.gz' is not a complete idx file"):
         official_layouts.FASHION_MNIST.read(tmp_path, "test")
 
 
 def test_a_missing_part_is_named(tmp_path):
-    with pytest.raises(ValueError, match="data_batch_1.bin' is missing; the set is not complete"):
+    with pytest.raises(ValueError, match="data_batch_1.bin' is missing; the dataset is incomplete"):
         official_layouts.CIFAR10.read(tmp_path, "train")
     with pytest.raises(ValueError, match="cars_test_annos_withlabels.mat' or .* is missing"):
         official_layouts.CARS.read(tmp_path, "test")
@@ -78,7 +78,7 @@ def test_a_missing_part_is_named(tmp_path):
 def test_a_flat_imagenet_image_without_a_label_is_refused(tmp_path):
     write_image(tmp_path / "val" / "ILSVRC2012_val_00000007.JPEG")
     (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,n01 1 2 3 4\n")
-    with pytest.raises(ValueError, match="00000007.JPEG': neither its folder nor the list of labels says"):
+    with pytest.raises(ValueError, match="00000007.JPEG' has no label: neither its folder nor"):
         official_layouts.IMAGENET.read(tmp_path, "validation")
 
 
@@ -94,5 +94,5 @@ def test_real_labels_follow_the_number_of_the_image_in_any_folder(tmp_path):
     assert [Path(path).stem[-1] for path in found.images] == ["1", "2", "3"]
     assert found.labels == [[1], [2, 3], []]
     write_image(tmp_path / "val" / "n01" / "ILSVRC2012_val_00000004.JPEG")
-    with pytest.raises(ValueError, match="holds 4 images named .* real.json 3 lists of labels"):
+    with pytest.raises(ValueError, match="holds 4 images named .* real.json holds 3 lists of labels"):
         official_layouts.IMAGENET_REAL.read(tmp_path, "validation")

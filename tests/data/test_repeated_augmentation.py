@@ -1,5 +1,6 @@
 """repeated_augmentation.py: the multiset of an epoch, its order, and what accelerate makes of it on several ranks."""
 
+import itertools
 import pickle
 from collections import Counter
 
@@ -127,7 +128,7 @@ def test_blockwise_order_mixes_and_changes_with_the_epoch():
     first = list(map(int, sampler))
     batch = first[:256]
     assert len({index // 100 for index in batch}) >= 4 * sampler.slices / 4  # from many places at a time
-    assert sum(b == a + 1 for a, b in zip(first, first[1:], strict=False)) < len(first) / 50
+    assert sum(b == a + 1 for a, b in itertools.pairwise(first)) < len(first) / 50
     sampler.set_epoch(1)
     assert list(map(int, sampler)) != first
 
@@ -148,5 +149,5 @@ def test_small_sets_of_uneven_blocks_make_whole_epochs(blocks, num_repeats, batc
 
 
 def test_blocks_that_do_not_add_up_are_refused():
-    with pytest.raises(ValueError, match="the blocks hold 7 images and the set 8"):
+    with pytest.raises(ValueError, match="the row groups hold 7 images, but the dataset has 8"):
         RepeatedAugmentationSampler(8, block_sizes=[4, 3])

@@ -167,7 +167,7 @@ def test_a_damaged_image_is_replaced_by_the_next_whole_one(tiny_images):
     for ours, expected in zip(examples, stand_ins, strict=True):
         np.testing.assert_array_equal(ours["pixel_values"], expected["pixel_values"])
         assert (ours["labels"], ours["view_seeds"]) == (expected["labels"], expected["view_seeds"])
-    reason = "no image that Pillow can identify"
+    reason = "holds no image that Pillow can identify"
     assert collate_views(examples)["bad_images"] == [(index, f"{index}.jpg", reason) for index in (1, 2, 5)]
     assert "bad_images" not in collate_views(views.__getitems__([View(0, 4, 2)]))
 
@@ -194,7 +194,7 @@ def test_a_set_of_damaged_images_is_an_error(count, tried):
 
 def test_evaluation_names_the_damaged_image(tiny_images):
     views = EvalViews(with_damage(tiny_images()["eval"], 3), build_eval_transform(16))
-    with pytest.raises(ValueError, match=r"number 3 \(path 3.jpg\) is damaged: no image .* replace the file"):
+    with pytest.raises(ValueError, match=r"number 3 \(path 3.jpg\) is damaged: holds no image .* replace the file"):
         [views[index] for index in range(5)]
 
 

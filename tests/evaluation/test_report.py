@@ -59,7 +59,7 @@ def test_the_table_says_what_was_not_counted_and_how_classes_were_matched(script
 
 def test_imagenet_real_is_read_from_its_official_files(script, tmp_path):
     (tmp_path / "real" / "val").mkdir(parents=True)
-    for number, colour in enumerate(COLOURS + ["white"], start=1):
+    for number, colour in enumerate([*COLOURS, "white"], start=1):
         image = PillowImage.new("RGB", (16, 16), colour)
         image.save(tmp_path / "real" / "val" / f"ILSVRC2012_val_{number:08d}.JPEG")
     (tmp_path / "real" / "real.json").write_text(json.dumps([list(range(1000)), [], [], [7]]))

@@ -390,7 +390,7 @@ def test_a_picture_is_drawn_from_its_json(tmp_path):
     ],
 )
 def test_bad_input_ends_in_one_line(script, place, words, message, monkeypatch):
-    monkeypatch.setattr(script, "PLOTS", dict.fromkeys(script.PLOTS, {}))  # no pictures: they are slow
+    monkeypatch.setattr(script, "PLOTS", {name: {} for name in script.PLOTS})  # no pictures: they are slow
     words = [word.format(place=place) for word in words]
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         run_script(lambda: script.main(options(place, *words)))

@@ -6,9 +6,9 @@ from hf_deit.plots import style
 
 
 def test_a_long_name_loses_its_middle_and_keeps_its_head():
-    assert style._shortened("short: class") == "short: class"
-    shortened = style._shortened(f"{LONG}: class+distillation")
+    assert style.shorten("short: class") == "short: class"
+    shortened = style.shorten(f"{LONG}: class+distillation")
     assert (
         len(shortened) <= 40 and shortened.startswith("a_model_") and shortened.endswith("_hold: class+distillation")
     )
-    assert style._shortened("abcdefghi", 5) == "ab…hi"
+    assert style.shorten("abcdefghi", 5) == "ab…hi"

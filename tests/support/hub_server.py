@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import operator
 import os
 import re
 import socket
@@ -21,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, reduce
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -165,7 +166,7 @@ class Repository:
         """The commit that a branch or a commit id names."""
         if revision in self.branches:
             return self.branches[revision][-1]
-        for commit in sum(self.branches.values(), []):
+        for commit in reduce(operator.iadd, self.branches.values(), []):
             if commit.id == revision:
                 return commit
         raise Refusal(404, "Invalid rev id", "RevisionNotFound")

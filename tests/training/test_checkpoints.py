@@ -11,7 +11,7 @@ from hf_deit.training.checkpoints import (
     checkpoint_to_resume,
     committed,
     last_good_checkpoint,
-    problem_of,
+    verify_checkpoint,
 )
 
 
@@ -26,7 +26,7 @@ def write(folder, step, content=b"weights", **facts):
 
 def test_a_checkpoint_comes_whole_to_its_place(tmp_path):
     checkpoint = write(tmp_path, 8, processes=2)
-    assert problem_of(checkpoint) is None
+    assert verify_checkpoint(checkpoint) is None
     assert checkpoints.facts_of(checkpoint) == {"processes": 2}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-8"]
     assert last_good_checkpoint(tmp_path) == checkpoint
@@ -49,10 +49,10 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "damage, problem",
     [
-        (lambda path: os.truncate(path / "model.safetensors", 3), "model.safetensors has 3 bytes, not the 7"),
+        (lambda path: os.truncate(path / "model.safetensors", 3), "model.safetensors has 3 bytes, expected 7"),
         (lambda path: (path / "model.safetensors").write_bytes(b"wEights"), "its SHA-256 differs"),
         (lambda path: (path / "shards" / "optimizer.pt").unlink(), "shards/optimizer.pt is missing"),
-        (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
+        (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda path: os.truncate(path / "manifest.json", 20), "manifest.json cannot be read"),
         (lambda path: (path / "manifest.json").write_text("[1]"), "manifest.json cannot be read"),
     ],
@@ -81,28 +81,28 @@ def test_what_a_killed_run_was_writing_is_no_checkpoint(tmp_path):
 def test_a_failed_write_leaves_the_others_and_no_trace(tmp_path):
     good = write(tmp_path, 8)
     with (
-        pytest.raises(CheckpointError, match="checkpoint-16.*No space left.*checkpoint-8 is whole"),
+        pytest.raises(CheckpointError, match="checkpoint-16.*No space left.*checkpoint-8 is complete"),
         committed(tmp_path, "checkpoint-16", {}),
     ):
         (tmp_path / "_unfinished" / "checkpoint-16").mkdir(parents=True)
         raise OSError(28, "No space left on device")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"] and problem_of(good) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"] and verify_checkpoint(good) is None
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     write(tmp_path, 8)
     checkpoint = write(tmp_path, 8, content=b"later")
-    assert (checkpoint / "model.safetensors").read_bytes() == b"later" and problem_of(checkpoint) is None
+    assert (checkpoint / "model.safetensors").read_bytes() == b"later" and verify_checkpoint(checkpoint) is None
 
 
-def test_where_a_run_goes_on_from(tmp_path, caplog):
+def test_which_checkpoint_a_run_resumes_from(tmp_path, caplog):
     assert checkpoint_to_resume(tmp_path, "auto") is None
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         checkpoint_to_resume(tmp_path, "True")
     first, second = write(tmp_path, 8), write(tmp_path, 16)
     assert checkpoint_to_resume(tmp_path, "auto") == checkpoint_to_resume(tmp_path, "True") == second
     assert checkpoint_to_resume(tmp_path / "other", str(first)) == first
-    with pytest.raises(CheckpointError, match="no directory"):
+    with pytest.raises(CheckpointError, match="not a directory"):
         checkpoint_to_resume(tmp_path, str(tmp_path / "nowhere"))
 
     (second / "model.safetensors").write_bytes(b"x")
@@ -110,11 +110,11 @@ def test_where_a_run_goes_on_from(tmp_path, caplog):
     with pytest.raises(CheckpointError, match="checkpoint-16' is damaged: model.safetensors has 1 bytes"):
         checkpoint_to_resume(tmp_path, str(second))
     (first / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="of the 2 checkpoints .* none is whole"):
+    with pytest.raises(CheckpointError, match="all 2 checkpoints in .* are damaged"):
         checkpoint_to_resume(tmp_path, "auto")
 
 
-def test_a_finished_run_is_not_gone_on_from_unasked(tmp_path):
+def test_a_finished_run_is_not_resumed_by_itself(tmp_path):
     checkpoint = write(tmp_path, 8)
     (tmp_path / "trainer_state.json").write_text("{}")
     assert checkpoints.is_finished(tmp_path)
@@ -125,7 +125,7 @@ def test_a_finished_run_is_not_gone_on_from_unasked(tmp_path):
     assert checkpoint_to_resume(tmp_path, "auto") == checkpoint
 
 
-def test_stocks_checkpoints_are_taken_with_a_word(tmp_path, caplog):
+def test_checkpoints_of_stock_transformers_are_accepted_with_a_warning(tmp_path, caplog):
     (tmp_path / "checkpoint-5").mkdir()
     assert checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-5")) == tmp_path / "checkpoint-5"
     assert "cannot be verified" in caplog.text

@@ -81,11 +81,17 @@ def test_every_field_of_ours_says_what_it_is():
         ({"label_smoothing_factor": 1.0}, "label_smoothing_factor is 1.0"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"max_bad_images": 1.5}, "max_bad_images is 1.5"),
-        ({"teacher_record": "a", "teacher_replay": "b"}, "teacher_record is 'a' and teacher_replay 'b': answers that"),
-        ({"teacher_record": "a", "distillation_type": "label"}, "teacher_record is 'a' and distillation_type 'label'"),
-        ({"teacher_replay": "a", "distillation_type": "none"}, "teacher_replay is 'a' and distillation_type 'none'"),
+        ({"teacher_record": "a", "teacher_replay": "b"}, "teacher_record is 'a' and teacher_replay is 'b': replayed"),
+        (
+            {"teacher_record": "a", "distillation_type": "label"},
+            "teacher_record is 'a' and distillation_type is 'label'",
+        ),
+        (
+            {"teacher_replay": "a", "distillation_type": "none"},
+            "teacher_replay is 'a' and distillation_type is 'none'",
+        ),
         ({"teacher_top_k": 0}, "teacher_top_k is 0"),
-        ({"num_train_epochs": 5}, "warmup_epochs is 5 of num_train_epochs 5"),
+        ({"num_train_epochs": 5}, "warmup_epochs is 5 and num_train_epochs is 5"),
     ],
 )
 def test_bad_values_are_refused_with_the_fix(tmp_path, fields, message):

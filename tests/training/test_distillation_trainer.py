@@ -103,8 +103,20 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_images, tmp_path):
     here = Path(__file__).parent
     (tmp_path / "script.py").write_text(TWO_RANKS.format(here=here, tests=here.parent, output=tmp_path / "two"))
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-        + ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", str(tmp_path / "script.py")],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            "0",
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+            str(tmp_path / "script.py"),
+        ],
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         check=True,
         timeout=300,
@@ -306,7 +318,7 @@ def test_a_set_that_is_not_ours_trains_with_its_own_collator(tmp_path):
         save_strategy="no",
     )
     pieces = {"train_dataset": examples, "eval_dataset": examples, "data_collator": default_data_collator}
-    with pytest.raises(ValueError, match="how pixels are normalised is not known"):
+    with pytest.raises(ValueError, match="mean and std of the pixels are unknown"):
         DistillationTrainer(student(), args, **pieces)
     run = DistillationTrainer(student(), args, mean=(0, 0, 0), std=(1, 1, 1), **pieces)
     run.train()
@@ -383,7 +395,7 @@ def odd_files(folder):
     damaged = {
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "zero_bytes.jpg": (b"", "empty: 0 bytes"),
-        "text.jpg": (b"<html>Not Found</html>", "no image that Pillow can identify"),
+        "text.jpg": (b"<html>Not Found</html>", "not an image that Pillow can identify"),
         "bomb.png": (
             b"\x89PNG\r\n\x1a\n"
             + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks),

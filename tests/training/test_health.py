@@ -99,7 +99,7 @@ def test_a_teacher_that_answers_nan_is_named_though_the_gradient_is_finite(value
     """The argmax of NaN is a class like any other, so eq. 3 would go on."""
     teacher = answers()
     teacher[5, 5] = value
-    with pytest.raises(FloatingPointError, match="step 3: teacher 'bad' answered with NaN or infinity"):
+    with pytest.raises(FloatingPointError, match="step 3: the outputs of teacher 'bad' contain NaN or infinity"):
         step(Health(CLASSES, teacher="bad"), 3, teacher=teacher)
 
 
@@ -149,7 +149,7 @@ def test_a_teacher_of_one_class_is_one_warning(caplog):
         step(health, number, teacher=lazy, labels=MIXED)
     assert len(caplog.records) == 1
     assert re.search(
-        r"step 4: teacher 'lazy' decided for class 3 \('name 3'\) on all of 1,024 views, .*0 to 9", caplog.text
+        r"step 4: teacher 'lazy' predicted class 3 \('name 3'\) for all of 1,024 views, .*0 to 9", caplog.text
     )
 
 
@@ -161,7 +161,7 @@ def test_decisions_without_logits_are_judged_by_the_classes_they_are_for(caplog)
     assert not caplog.records
     for number in range(11, 20):
         step(health, number, teacher=torch.full((256,), 3))
-    assert len(caplog.records) == 1 and "'replayed' decided for class 3 ('name 3') on all of 1,024" in caplog.text
+    assert len(caplog.records) == 1 and "'replayed' predicted class 3 ('name 3') for all of 1,024" in caplog.text
 
 
 def test_a_teacher_that_becomes_lazy_is_seen_too(caplog):
@@ -184,7 +184,7 @@ def test_one_answer_to_images_of_one_class_is_right(caplog):
 
 def test_a_teacher_that_does_not_look_is_refused():
     health = Health(CLASSES, teacher="dead")
-    with pytest.raises(ValueError, match="step 4: teacher 'dead' gave the same logits to each of 1,024 views"):
+    with pytest.raises(ValueError, match="step 4: the logits of teacher 'dead' are the same for each of 1,024 views"):
         for number in range(1, 20):
             step(health, number, teacher=answers(0)[:1].expand(256, -1))
 
@@ -198,7 +198,7 @@ def test_a_loss_above_a_guess_is_one_warning_after_the_warm_up(caplog):
         step(health, number, loss=2.6, warmed_up=number > 50)
     assert len(caplog.records) == 1
     assert re.search(
-        r"step 150: gradient norm 2, learning rate 0.25, .*class loss is 2.6, above the 2.303 of a guess.*lr|rate far",
+        r"step 150: gradient norm 2, learning rate 0.25, .*class loss of .* is 2.6, above the 2.303 of a uniform guess.*rate far",  # noqa: E501
         caplog.text,
     )
 
@@ -213,7 +213,7 @@ def test_a_collapse_to_one_class_is_a_warning_and_a_slow_start_is_none(caplog):
     for number in range(1, 101):
         step(collapsed, number, loss=2.30, student=one)
     assert re.search(
-        r"step 100: .*decided for class 7 \('name 7'\) on every view, .* 2.3, that of a guess", caplog.text
+        r"step 100: .*predicted class 7 \('name 7'\) for every view, .* 2.3, that of a uniform guess", caplog.text
     )
 
 
@@ -231,7 +231,7 @@ def test_an_exploding_gradient_is_one_warning(caplog):
         step(health, number, norm=3e4 if number > 50 else 5.0 + number % 7)
     assert len(caplog.records) == 1
     assert re.search(
-        r"step 51: gradient norm 3e\+04, .* times as long as the mean .*lower learning rate.*max_grad_norm: 1",
+        r"step 51: gradient norm 3e\+04, .* times the mean of .*lower learning rate.*max_grad_norm: 1",
         caplog.text,
     )
 
@@ -242,7 +242,7 @@ def test_a_model_that_learns_nothing_is_one_warning(caplog, still):
     for number in range(1, 40):
         norm = 0.0 if still == "gradient" else 2.0
         step(health, number, norm=norm, loss=1.5 if still == "gradient" else 1.5 - 1e-4 * (number % 3))
-    assert len(caplog.records) == 1 and "so nothing is learnt" in caplog.text
+    assert len(caplog.records) == 1 and "so the student learns nothing" in caplog.text
     assert re.search(r"step 1[01]: .*for 10 steps the gradient has been exactly 0 or the loss", caplog.text)
 
 
@@ -283,8 +283,8 @@ def nan_for_images(pixels):  # blank pixels are what load_teacher tries it with
 @pytest.mark.parametrize(
     "answer, error, message",
     [
-        (nan_for_images, FloatingPointError, "step 1: teacher 'Told' answered with NaN"),
-        (lambda pixels: torch.ones(len(pixels), 3), ValueError, "step 16: teacher 'Told' gave the same logits"),
+        (nan_for_images, FloatingPointError, "step 1: the outputs of teacher 'Told' contain NaN"),
+        (lambda pixels: torch.ones(len(pixels), 3), ValueError, "step 16: the logits of teacher 'Told' are the same"),
     ],
 )
 def test_a_bad_teacher_stops_a_run(tiny_images, tmp_path, answer, error, message):

@@ -67,7 +67,7 @@ def test_a_distilled_model_names_its_teacher_heads_and_settings():
     assert "in progress" not in text
 
 
-def test_answers_that_were_replayed_are_said_to_be():
+def test_replayed_teacher_outputs_are_stated():
     text = build_model_card(replace(DISTILLED, teacher_replayed="decisions")).text
     assert "weights 0123456789abcdef, its decisions replayed from the record of an earlier run, top-1 91.23 %" in text
     assert "replayed" not in build_model_card(DISTILLED).text
@@ -93,7 +93,7 @@ def test_the_moving_average_is_said_to_be_evaluated_and_not_saved():
     metrics = DISTILLED.metrics | {"eval_ema_top1": 0.881, "eval_ema_top5": 0.992}
     text = build_model_card(replace(DISTILLED, ema_decay=0.9999, metrics=metrics)).text
     assert "| moving average | 88.10 % | 99.20 % |" in text
-    assert "yes, decay 0.9999, evaluated beside; the weights here are not averaged" in text
+    assert "yes, decay 0.9999, evaluated separately; the weights here are not averaged" in text
 
 
 def test_no_card_shows_where_things_lie_on_this_machine(tmp_path):

@@ -193,7 +193,7 @@ def test_a_push_fails_in_one_line_loses_nothing_and_succeeds_the_second_time(hub
         client(f"RECIPE = 'recipe.yaml'\n{textwrap.dedent(PIECES)}\ntrainer = new(output_dir='tiny')\ntrainer.train()")
         push = "answer = failure(lambda: trainer.push_to_hub({}))"
         safe = (
-            "The model is safe in tiny; upload it again: hf upload {} tiny . --exclude 'checkpoint-*' --exclude '_*'"
+            "The model is saved in tiny; upload it again: hf upload {} tiny . --exclude 'checkpoint-*' --exclude '_*'"
         )
 
         def weights():
@@ -201,7 +201,7 @@ def test_a_push_fails_in_one_line_loses_nothing_and_succeeds_the_second_time(hub
 
         # Nothing is there to begin with, so the first failure shows that the model is saved first of all.
         message = client(push.format("token='hf_wrong'"))
-        assert "does not know the token" in message and "hf auth login" in message
+        assert "token is missing or not valid" in message and "hf auth login" in message
         assert message.endswith(safe.format("tiny")) and "\n" not in message
         saved = weights()
         hub.down = True
@@ -252,7 +252,11 @@ def test_a_push_fails_in_one_line_loses_nothing_and_succeeds_the_second_time(hub
 
         # What the Hub would refuse at the end is refused before training.
         message = client("answer = failure(lambda: new(push_to_hub=True, hub_model_id='stranger/tiny'))")
-        assert "'stranger/tiny'" in message and "somebody else's" in message and "Training has not begun" in message
+        assert (
+            "'stranger/tiny'" in message
+            and "belongs to somebody else" in message
+            and "Training has not begun" in message
+        )
         message = client("answer = failure(lambda: new(push_to_hub=True, hub_model_id='not a name'))")
         assert "'not a name'" in message and "\n" not in message
         assert hub.files("model", "stranger/tiny") == {"README.md": b"Not yours."}
@@ -266,7 +270,7 @@ def test_a_push_fails_in_one_line_loses_nothing_and_succeeds_the_second_time(hub
             except SystemExit as end:
                 answer = end.code
         """)
-        assert message.startswith("error: cannot push to 'new' on the Hub: it does not know the token")
+        assert message.startswith("error: cannot push to 'new' on the Hub: the token is missing or not valid")
 
         # The model alone, as any of Transformers.
         client("trainer.model.push_to_hub('alone')")

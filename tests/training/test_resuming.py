@@ -11,7 +11,7 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from support.runs import student, trainer
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from hf_deit.training.checkpoints import CheckpointError, problem_of
+from hf_deit.training.checkpoints import CheckpointError, verify_checkpoint
 from hf_deit.training.preemption import Preempted
 
 
@@ -118,7 +118,7 @@ def test_workers_and_evaluations_do_not_shift_the_random_numbers(start):
 def test_after_sigterm_nothing_is_lost(start, whole, tmp_path):
     with pytest.raises(Preempted, match="75") as end:
         start("cut", At(4, terminate)).train_and_save()
-    assert "after step 5" in end.value.message and problem_of(tmp_path / "cut" / "checkpoint-5") is None
+    assert "after step 5" in end.value.message and verify_checkpoint(tmp_path / "cut" / "checkpoint-5") is None
     resumed = start("cut")
     resumed.train_and_save()
     assert equal(whole, resumed)
@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(start, whole, tmp
         file.write(bytes([byte[0] ^ 1]))
     resumed = start("cut")
     resumed.train_and_save()
-    assert "checkpoint-9 is passed over: optimizer.pt is not what was written" in caplog.text
+    assert "checkpoint-9: optimizer.pt has changed since it was written" in caplog.text
     assert equal(whole, resumed)
 
 
@@ -144,7 +144,7 @@ def test_what_is_no_trainers_checkpoint_is_refused(start, tmp_path, content):
     (tmp_path / "weights").mkdir()
     if content is not None:
         (tmp_path / "weights" / "trainer_state.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"trainer_state.json is missing or is not .* name it as model_name"):
+    with pytest.raises(CheckpointError, match=r"trainer_state.json is missing or unreadable .* set model_name"):
         start("run").train(resume_from_checkpoint=str(tmp_path / "weights"))
 
 
@@ -158,7 +158,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_there_was(start, whole, tmp_pa
 
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full_at_nine)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint-9 could not be written .*No space left.*checkpoint-6 is whole"
+        CheckpointError, match=r"checkpoint-9 could not be written .*No space left.*checkpoint-6 is complete"
     ):
         start("cut").train_and_save()
     assert not (tmp_path / "cut" / "_unfinished").exists()
@@ -208,13 +208,13 @@ def test_speed_and_loss_of_a_resumed_run_are_of_what_it_did(start, whole):
     assert metrics["train_loss"] == pytest.approx(sum(losses) / 3, rel=1e-3)
 
 
-def test_a_changed_setting_is_told_when_the_run_goes_on(start, caplog):
+def test_a_changed_setting_is_reported_on_resuming(start, caplog):
     with pytest.raises(PowerCutError):
         start("cut", At(5, cut)).train_and_save()
     start("cut", learning_rate=5e-4, num_repeats=1).train_and_save()
-    assert "resuming with another learning rate: 0.0005; it was 0.001 until step 3" in caplog.text
-    assert "resuming with another num_repeats: 1; it was 3" in caplog.text
-    assert caplog.text.count("resuming with another") == 2
+    assert "resuming with learning rate 0.0005, which was 0.001 until step 3" in caplog.text
+    assert "resuming with num_repeats 1, which was 3" in caplog.text
+    assert caplog.text.count("resuming with ") == 2
 
 
 def test_a_finished_run_is_not_mixed_with_a_new_one(start, whole):

@@ -14,8 +14,8 @@ def test_the_banner_holds_the_numbers_of_the_run(tiny_images, tmp_path):
     )
     said = dict(re.findall(r"^(\w+) +(.+)$", banner(run), re.MULTILINE))
     assert said["images"] == "48 to train, 20 to evaluate"
-    assert said["batch"] == "16 views = 8 x 1 processes x 2 accumulation; 3 views of an image"
-    assert said["steps"] == "9 = 3 epochs of 3, 3 of them warm-up"  # 48 images in steps of 16
+    assert said["batch"] == "16 views = 8 x 1 processes x 2 accumulation; 3 views of each image"
+    assert said["steps"] == "9 = 3 epochs of 3, of which 3 are warm-up"  # 48 images in steps of 16
     assert said["lr"].startswith("0.002 at the peak") and said["loss"] == "hard"
     parameters = sum(parameter.numel() for parameter in student().parameters())
     assert said["model"] == f"DeiTForImageClassificationWithTeacher, {parameters / 1e6:.2f}M parameters"

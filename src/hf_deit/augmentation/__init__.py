@@ -1,1 +1,1 @@
-"""From one decoded image to a view, and from views to a mixed batch: crop, RandAugment, erasing, Mixup, CutMix."""
+"""Augmentation of one decoded image (crop, RandAugment) and of a batch of views (erasing, Mixup, CutMix)."""

@@ -1,11 +1,13 @@
-"""What happens to a batch on the device, in this order: normalise, random erasing, Mixup or CutMix.
+"""Augmentation of a batch on the device, in this order: normalisation, random erasing, Mixup or CutMix.
 
-Every random number comes from the views' own seeds (see views.py): erasing from the view's, mixing from those of the
-batch. So a batch looks the same after a resume and whatever else the process has drawn, and there is no state to save.
-Per-image augmentation is not here but in augmentation.py.
+Every random number comes from the seeds of the views (see views.py): erasing uses the seed of the view, mixing uses
+the seeds of the whole batch. A batch therefore does not depend on a resume or on other random draws of the process,
+and there is no state to save.
 
-Source: Table 9 of the paper (Mixup 0.8, CutMix 1.0, erasing 0.25) in "the timm customizations" (section 6):
-timm/data/mixup.py and timm/data/random_erasing.py for the conventions.
+Not here: the augmentation of single images (transforms.py).
+
+Source: Table 9 of the paper (Mixup 0.8, CutMix 1.0, erasing 0.25) with "the timm customizations" (section 6); the
+conventions are those of timm/data/mixup.py and timm/data/random_erasing.py.
 """
 
 from __future__ import annotations
@@ -29,34 +31,34 @@ ERASING_ATTEMPTS = 10
 
 
 def normalize(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """`(batch, 3, height, width)` uint8 in [0, 255] to float32 `(x / 255 - mean) / std`; floats pass unchanged."""
+    """Turn `(batch, 3, height, width)` uint8 in [0, 255] into float32 `(x / 255 - mean) / std`; keep float input."""
     if pixel_values.is_floating_point():
         return pixel_values
     shift, scale = _shift_and_scale(tuple(mean), tuple(std), pixel_values.device)
     return torch.addcmul(shift, pixel_values, scale)
 
 
-@functools.cache  # a new tensor a batch would be a copy to the device, and a wait for it, in every step
+@functools.cache  # without the cache every step would copy tensors to the device and wait for them
 def _shift_and_scale(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
-    return -mean / std, 1 / (255 * std)
+    center, scale = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+    return -center / scale, 1 / (255 * scale)
 
 
 class Mixing:
-    """Turns a batch of uint8 views and labels into what the student and the teacher see.
+    """Turns a batch of uint8 views and labels into the batch that student and teacher see.
 
     Args:
         num_labels: number of classes.
         mean, std: per channel, for pixels in [0, 1].
         mixup_alpha: parameter of the Beta distribution of Mixup's weight; 0 turns Mixup off. Paper: 0.8.
-        cutmix_alpha: the same for CutMix. Paper: 1.0.
-        mix_prob: probability that a batch is mixed at all.
-        mix_switch_prob: probability of CutMix when both are on.
-        random_erasing_prob: probability that a view loses a rectangle to noise (one normal number a pixel and
-            channel).
+        cutmix_alpha: parameter of the Beta distribution of CutMix's weight; 0 turns CutMix off. Paper: 1.0.
+        mix_prob: probability that a batch is mixed.
+        mix_switch_prob: probability of CutMix if both Mixup and CutMix are on.
+        random_erasing_prob: probability that a rectangle of a view is replaced by normal noise, drawn for each pixel
+            and channel.
 
     Raises:
-        ValueError: for a probability outside [0, 1] or a negative alpha.
+        ValueError: if a probability is outside [0, 1] or an alpha is negative.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Mixing:
             ("random_erasing_prob", random_erasing_prob),
         ):
             if not 0 <= value <= 1:
-                raise UserError(f"{name} is {value}; a probability lies in [0, 1]")
+                raise UserError(f"{name} is {value}; it must be a probability in [0, 1]")
         for name, value in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             if value < 0:
                 raise UserError(f"{name} is {value}; use a positive number, or 0 to turn it off")
@@ -91,16 +93,17 @@ class Mixing:
         self.random_erasing_prob = random_erasing_prob
 
     def __call__(self, pixel_values: Tensor, labels: Tensor, view_seeds: np.ndarray) -> tuple[Tensor, Tensor]:
-        """
+        """Normalise, erase and mix one batch.
+
         Args:
-            pixel_values: `(batch, 3, height, width)` uint8, or float32 already normalised (then overwritten). Any
-                batch size, odd ones too.
+            pixel_values: `(batch, 3, height, width)` uint8, or float32 that is already normalised and is overwritten.
+                Any batch size, odd ones too.
             labels: `(batch,)` int64.
             view_seeds: `(batch,)` non-negative int64, on the host.
 
         Returns:
             Normalised float32 pixels of the same shape, and the labels: `(batch, num_labels)` float32 if the batch
-            may be mixed (`mix_prob > 0`), else as they came. Label smoothing is the loss's business.
+            may be mixed (`mix_prob > 0`), else unchanged. Label smoothing happens in the loss.
         """
         pixel_values = normalize(pixel_values, self.mean, self.std)
         if self.random_erasing_prob:
@@ -119,7 +122,7 @@ class Mixing:
         return pixel_values
 
     def _mix(self, pixel_values: Tensor, targets: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Each view with its mirror image in the batch (an odd batch's middle with itself), one weight for all."""
+        """Mix view i with view `batch - 1 - i`, with one weight for the whole batch."""
         if rng.random() >= self.mix_prob:
             return pixel_values, targets
         partners = pixel_values.flip(0)
@@ -129,7 +132,7 @@ class Mixing:
             weight = rng.beta(self.cutmix_alpha, self.cutmix_alpha)
             top, bottom, left, right = _cutmix_box(rng, height, width, weight)
             pixel_values[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
-            weight = 1 - (bottom - top) * (right - left) / (height * width)  # the box may stick out of the image
+            weight = 1 - (bottom - top) * (right - left) / (height * width)  # the image may clip the box
         else:
             weight = rng.beta(self.mixup_alpha, self.mixup_alpha)
             pixel_values = torch.lerp(partners, pixel_values, weight)
@@ -137,7 +140,7 @@ class Mixing:
 
 
 def _erased_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a rectangle smaller than the image; empty if ten draws did not fit."""
+    """Draw (top, left, height, width) of a rectangle smaller than the image; all 0 if ten draws did not fit."""
     for _ in range(ERASING_ATTEMPTS):
         area = rng.uniform(*ERASED_AREA) * height * width
         aspect = math.exp(rng.uniform(*np.log(ERASED_ASPECT)))
@@ -149,7 +152,7 @@ def _erased_box(rng: np.random.Generator, height: int, width: int) -> tuple[int,
 
 
 def _cutmix_box(rng: np.random.Generator, height: int, width: int, weight: float) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of a box of share `1 - weight` around a uniform centre, clipped to the image."""
+    """Draw (top, bottom, left, right): a box of area `1 - weight` around a uniform centre, clipped to the image."""
     share = math.sqrt(1 - weight)
     bounds = []
     for size in (height, width):

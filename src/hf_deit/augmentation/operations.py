@@ -1,27 +1,27 @@
-"""What an operation of RandAugment or AutoAugment does to one uint8 image, given its value.
+"""The operations of RandAugment and AutoAugment on one uint8 image, each with a given value.
 
-The pixel operations are Pillow's to the last bit; geometric ones use a cubic kernel with a = -0.75.
+Pixel operations equal Pillow's to the last bit; geometric operations use a cubic kernel with a = -0.75.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from albumentations.augmentations.blur import functional as fblur  # noqa: E402
-from albumentations.augmentations.pixel import functional as fpixel  # noqa: E402
+from albumentations.augmentations.blur import functional as fblur
+from albumentations.augmentations.pixel import functional as fpixel
 
 
 class Operation(NamedTuple):
-    """One operation as timm names it, with its argument in the unit of that operation.
+    """One operation under timm's name, with its value in the unit of that operation.
 
-    Degrees (Rotate), pixels along one axis per pixel along the other (Shear), fraction of the side (Translate), bits
-    kept (Posterize), threshold (Solarize), added value (SolarizeAdd), blending factor with 1 = unchanged (Color,
-    Contrast, Brightness, Sharpness), fraction removed (Desaturate), standard deviation in pixels (GaussianBlur), None
-    where there is nothing to choose.
+    The unit is degrees (Rotate), pixels along one axis per pixel along the other (Shear), fraction of the side
+    (Translate), bits kept (Posterize), threshold (Solarize), added value (SolarizeAdd), blending factor with 1 =
+    unchanged (Color, Contrast, Brightness, Sharpness), fraction removed (Desaturate) or standard deviation in pixels
+    (GaussianBlur). The value is None if the operation has no parameter.
     """
 
     name: str
@@ -69,12 +69,12 @@ def _solarize_add(image: np.ndarray, value: int) -> np.ndarray:
 
 
 def _blend_with_level(image: np.ndarray, level: int, factor: float) -> np.ndarray:
-    """(1 - factor) * level + factor * image, truncated and in single precision as Pillow's blend."""
+    """Compute (1 - factor) * level + factor * image, truncated and in single precision like Pillow's blend."""
     blended = np.float32(level) + np.float32(factor) * (_LEVELS.astype(np.float32) - np.float32(level))
     return cv2.LUT(image, np.clip(blended, 0, 255).astype(np.uint8))
 
 
-# Pillow's blend truncates, cv2's rounds: just under half a level less, so that exact integers survive either way.
+# Pillow's blend truncates and cv2's rounds: subtract just under half a level, so that exact integers stay.
 _TRUNCATE = -0.498
 
 
@@ -108,7 +108,7 @@ def _gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
     return fpixel.separable_convolve(image, fblur.create_gaussian_kernel_1d(sigma))
 
 
-_PIXEL_OPERATIONS: dict[str, Callable[[np.ndarray, float | int | None], np.ndarray]] = {
+_PIXEL_OPERATIONS: dict[str, Callable[[np.ndarray, Any], np.ndarray]] = {
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
     "Invert": _invert,
@@ -133,7 +133,7 @@ _PIXEL_OPERATIONS: dict[str, Callable[[np.ndarray, float | int | None], np.ndarr
 
 
 def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
-    """Counter-clockwise about the centre."""
+    """Return the affine rows of a counter-clockwise rotation about the centre."""
     angle, x, y = math.radians(degrees), width / 2, height / 2
     cos, sin = math.cos(angle), math.sin(angle)
     return cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y
@@ -141,7 +141,7 @@ def _rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
 
 # (value, height, width) to the rows (a, b, c), (d, e, f): output (x, y) shows input (ax + by + c, dx + ey + f), where
 # pixel centres lie at half-integers, as in Pillow.
-_AFFINE_OPERATIONS: dict[str, Callable[[float, int, int], tuple[float, ...]]] = {
+_AFFINE_OPERATIONS: dict[str, Callable[[Any, int, int], tuple[float, ...]]] = {
     "Rotate": _rotation,
     "ShearX": lambda shear, height, width: (1, shear, 0, 0, 1, 0),
     "ShearY": lambda shear, height, width: (1, 0, 0, shear, 1, 0),
@@ -150,9 +150,9 @@ _SHIFTED_AXIS = {"TranslateXRel": 1, "TranslateYRel": 0}
 
 
 def _warp(image: np.ndarray, affine: tuple[float, ...], fill: tuple[int, int, int]) -> np.ndarray:
-    """Cubic interpolation in two cheap steps: twice the pixels along the axes that need new ones, then a linear warp.
+    """Warp with cubic interpolation in two cheap steps: double the interpolated axes, then warp linearly.
 
-    On the way there is a fourth channel, in which cv2 is a third faster.
+    A fourth channel is added for the time of the warp, because cv2 is a third faster with four.
     """
     (a, b, c, d, e, f), (height, width) = affine, image.shape[:2]
     x, y = 1 if (a, b) == (1, 0) else 2, 1 if (d, e) == (0, 1) else 2  # times the pixels
@@ -170,7 +170,7 @@ def _warp(image: np.ndarray, affine: tuple[float, ...], fill: tuple[int, int, in
 
 
 def _cubic_taps(offset: float) -> np.ndarray:
-    """Weights of the four pixels around a point `offset` in [0, 1) to the right of the second: cv2's cubic filter."""
+    """Return cv2's cubic weights of the four pixels around a point, `offset` in [0, 1) to the right of the second."""
     a = -0.75
     near, far = np.array([offset, 1 - offset]), np.array([1 + offset, 2 - offset])
     (left, right) = ((a + 2) * near - (a + 3)) * near**2 + 1
@@ -179,7 +179,7 @@ def _cubic_taps(offset: float) -> np.ndarray:
 
 
 def _shift(image: np.ndarray, distance: float, axis: int, fill: tuple[int, int, int]) -> np.ndarray:
-    """Output pixel p shows input pixel p + `distance` along `axis`: one filter for all, then whole pixels."""
+    """Shift along `axis`, so that pixel p shows pixel p + `distance`: filter once, then move by whole pixels."""
     whole = math.floor(distance)
     taps = _cubic_taps(distance - whole)
     taps, anchor = (taps[None], (1, 0)) if axis == 1 else (taps[:, None], (0, 1))
@@ -194,9 +194,9 @@ def _shift(image: np.ndarray, distance: float, axis: int, fill: tuple[int, int, 
 def apply_operations(
     image: np.ndarray, operations: tuple[Operation, ...] | list[Operation], fill: tuple[int, int, int]
 ) -> np.ndarray:
-    """Carry out `operations` in order on a (height, width, 3) uint8 image; uncovered pixels take the colour `fill`.
+    """Apply `operations` in order to a (height, width, 3) uint8 image; uncovered pixels take the colour `fill`.
 
-    The input is never written to; the result is contiguous, and without operations may be the input itself.
+    The input is never modified. The result is contiguous; without operations it may be the input itself.
     """
     image = np.ascontiguousarray(image)
     for name, value in operations:

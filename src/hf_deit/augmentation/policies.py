@@ -1,4 +1,4 @@
-"""Which operations a view gets, and how strong: RandAugment, AutoAugment, colour jitter, read from their names."""
+"""Policies that choose the operations of a view and their strength: RandAugment, AutoAugment, colour jitter."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from .operations import Operation
 
 
 class Generator(Protocol):
-    """What choices are drawn from: a `random.Random` (quick to seed), a NumPy generator, or anything like them."""
+    """Source of random choices: a `random.Random` (quick to seed), a NumPy generator, or anything similar."""
 
     def random(self) -> float:
-        """Uniform in [0, 1)."""
+        """Return a uniform number in [0, 1)."""
+        ...
 
 
-def _uniform(low: float, high: float, rng: Generator) -> float:
+def draw_uniform(low: float, high: float, rng: Generator) -> float:
+    """Draw a uniform number in [low, high)."""
     return low + (high - low) * rng.random()
 
 
-def _index(count: int, rng: Generator) -> int:
+def draw_index(count: int, rng: Generator) -> int:
+    """Draw a uniform whole number in [0, count)."""
     return int(count * rng.random())
 
 
@@ -58,8 +61,9 @@ def _within(low: float, high: float, level: float) -> float:
 
 
 Argument = Callable[[float, Generator], float | int]
-# timm's names. A plain name weakens or strengthens with the magnitude as the first published code did; "Increasing"
-# always strengthens (the `inc1` of the paper's policy); "Original" keeps the range of the AutoAugment paper.
+# Argument of each operation, under timm's names, for `level`: the magnitude over 10. A plain name weakens or
+# strengthens with the level as the first published code did; "Increasing" always strengthens (`inc1` in the paper's
+# policy); "Original" keeps the range of the AutoAugment paper. None: the operation has no argument.
 _ARGUMENTS: dict[str, Argument | None] = {
     "AutoContrast": None,
     "Equalize": None,
@@ -85,7 +89,7 @@ _ARGUMENTS: dict[str, Argument | None] = {
     "TranslateYRel": _translate,
     "Desaturate": lambda level, rng: _within(0.5, 1.0, level),
     "GaussianBlur": lambda level, rng: _within(0.1, 2.0, level),
-    "GaussianBlurRand": lambda level, rng: _uniform(0.1, 2 * _within(0.0, 1.0, level), rng),
+    "GaussianBlurRand": lambda level, rng: draw_uniform(0.1, 2 * _within(0.0, 1.0, level), rng),
 }
 _WEIGHTED = {
     "Rotate": 3, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1, "ColorIncreasing": 0.25,
@@ -168,7 +172,7 @@ _POLICIES = {
 
 
 class _Step(NamedTuple):
-    """One operation of a policy, before anything is drawn."""
+    """One operation of a policy, before its random choices are drawn."""
 
     name: str
     probability: float
@@ -177,17 +181,17 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class _Magnitudes:
-    """How far a drawn magnitude strays from the one a policy names.
+    """Distribution of a drawn magnitude around the magnitude that the policy names.
 
-    `std` is that of a normal distribution; infinity means uniform between 0 and the named magnitude. The result is
-    clipped to [0, `maximum`].
+    `std` is the standard deviation of a normal distribution; infinity means uniform between 0 and the named magnitude.
+    The result is clipped to [0, `maximum`].
     """
 
     std: float = 0.0
     maximum: float = 10.0
 
     def draw(self, step: _Step, rng: Generator) -> Operation | None:
-        """The operation with its argument, or None when its probability lets it pass."""
+        """Draw the operation with its argument, or None if by its probability the operation does not happen."""
         if rng.random() >= step.probability:
             return None
         argument = _ARGUMENTS[step.name]
@@ -195,7 +199,7 @@ class _Magnitudes:
             return Operation(step.name)
         magnitude = step.magnitude
         if self.std == math.inf:
-            magnitude = _uniform(0, magnitude, rng)
+            magnitude = draw_uniform(0, magnitude, rng)
         elif self.std > 0:
             magnitude = _normal(magnitude, self.std, rng)
         return Operation(step.name, argument(max(0.0, min(magnitude, self.maximum)) / 10, rng))
@@ -203,7 +207,7 @@ class _Magnitudes:
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`num_layers` operations from `steps`, drawn with replacement, or with `weights` and then without.
+    """A policy of `num_layers` operations from `steps`, drawn with replacement; with `weights`, without replacement.
 
     Source: Cubuk et al., 2019 (arXiv:1909.13719), as timm varies it.
     """
@@ -214,9 +218,9 @@ class RandAugment:
     magnitudes: _Magnitudes
 
     def sample(self, rng: Generator) -> list[Operation]:
-        """The operations that happen, in order: at most `num_layers` of them."""
+        """Draw the operations of one view, in order: at most `num_layers`."""
         if self.weights is None:
-            chosen = [_index(len(self.steps), rng) for _ in range(self.num_layers)]
+            chosen = [draw_index(len(self.steps), rng) for _ in range(self.num_layers)]
         else:
             bounds, chosen = list(accumulate(self.weights)), []
             while len(chosen) < self.num_layers:
@@ -229,7 +233,7 @@ class RandAugment:
 
 @dataclass(frozen=True)
 class AutoAugment:
-    """One sub-policy, uniformly chosen; its operations in order, each with its own probability.
+    """A policy that picks one sub-policy uniformly and applies its operations, each with its own probability.
 
     Source: Cubuk et al., 2018 (arXiv:1805.09501).
     """
@@ -238,20 +242,21 @@ class AutoAugment:
     magnitudes: _Magnitudes
 
     def sample(self, rng: Generator) -> list[Operation]:
-        """The operations that happen, in order: at most as many as the sub-policy has."""
-        drawn = [self.magnitudes.draw(step, rng) for step in self.policy[_index(len(self.policy), rng)]]
+        """Draw the operations of one view, in order: at most as many as the sub-policy has."""
+        drawn = [self.magnitudes.draw(step, rng) for step in self.policy[draw_index(len(self.policy), rng)]]
         return [operation for operation in drawn if operation is not None]
 
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Brightness, contrast and saturation in random order, each by a factor uniform in 1 ± `strength`."""
+    """A policy that changes brightness, contrast and saturation in random order, by factors in 1 ± `strength`."""
 
     strength: float
 
     def sample(self, rng: Generator) -> list[Operation]:
+        """Draw the three operations of one view, in order."""
         names = sorted(("Brightness", "Contrast", "Color"), key=lambda name: rng.random())
-        return [Operation(name, _uniform(max(0.0, 1 - self.strength), 1 + self.strength, rng)) for name in names]
+        return [Operation(name, draw_uniform(max(0.0, 1 - self.strength), 1 + self.strength, rng)) for name in names]
 
 
 _RAND_KEYS = {"m": int, "n": int, "p": float, "mstd": float, "mmax": int, "inc": int}
@@ -260,13 +265,13 @@ _RAND_KEYS = {"m": int, "n": int, "p": float, "mstd": float, "mmax": int, "inc":
 def parse_auto_augment(config: str) -> RandAugment | AutoAugment:
     """Read timm's policy string, sections joined by dashes.
 
-    `rand`, then any of `m9` (magnitude), `n2` (operations per image), `p0.5` (probability of each), `mstd0.5` (noise
-    on the magnitude; above 100: uniform), `mmax10` (its upper bound), `inc1` (operations that strengthen with the
-    magnitude), `tweights`, `t3a`, `t3aw` (other sets of operations). Or `original`, `originalr`, `v0`, `v0r`, `3a`,
-    then optionally `mstd0.5`.
+    RandAugment: `rand`, then any of `m9` (magnitude), `n2` (operations per image), `p0.5` (probability of each
+    operation), `mstd0.5` (noise on the magnitude; above 100: uniform), `mmax10` (upper bound of the magnitude), `inc1`
+    (operations that strengthen with the magnitude), `tweights`, `t3a`, `t3aw` (other lists of operations).
+    AutoAugment: `original`, `originalr`, `v0`, `v0r` or `3a`, then optionally `mstd0.5`.
 
     Raises:
-        ValueError: for anything else. timm skips what it does not understand; a misspelt policy would train silently.
+        ValueError: for any other string. timm skips unknown sections, so a misspelt policy would train unnoticed.
     """
     if not isinstance(config, str):
         raise UserError(f"auto_augment must be a string such as 'rand-m9-mstd0.5-inc1' or None, got {config!r}.")
@@ -282,13 +287,13 @@ def parse_auto_augment(config: str) -> RandAugment | AutoAugment:
             continue
         match = re.fullmatch(r"([a-z]+)(\d+|\d*\.\d+)", section)
         key = match[1] if match else ""
-        if key not in types or key in values or (types[key] is int and "." in match[2]):
+        if key not in types or key in values or (types[key] is int and "." in section):
             known = ", ".join(f"{known}<{kind.__name__}>" for known, kind in types.items())
             raise UserError(
                 f"auto_augment={config!r} has the section {section!r}; expected each of {known} at most once"
                 + (", or tweights, t3a, t3aw." if kind == "rand" else ".")
             )
-        values[key] = types[key](match[2])
+        values[key] = types[key](section[len(key) :])
     std = values.get("mstd", 0.0)
     magnitudes = _Magnitudes(std=math.inf if std > 100 else std, maximum=values.get("mmax", 0) or 10)
     if kind != "rand":
@@ -296,7 +301,7 @@ def parse_auto_augment(config: str) -> RandAugment | AutoAugment:
 
     layers, probability, magnitude = values.get("n", 2), values.get("p", 0.5), values.get("m", 10)
     if probability > 1:
-        raise UserError(f"auto_augment={config!r} has p={probability:g}; a probability is at most 1.")
+        raise UserError(f"auto_augment={config!r} has p={probability:g}; expected a probability in [0, 1].")
     if values.get("inc", 0) > 1:
         raise UserError(f"auto_augment={config!r} has inc={values['inc']}; expected inc0 or inc1.")
     chosen: tuple[str, ...] | dict[str, float]
@@ -311,9 +316,9 @@ def parse_auto_augment(config: str) -> RandAugment | AutoAugment:
         weights = tuple(weight / sum(chosen.values()) for weight in chosen.values())
         if layers > len(chosen):
             raise UserError(
-                f"auto_augment={config!r} asks for {layers} different operations; its set has {len(chosen)}."
+                f"auto_augment={config!r} has n{layers}, but its list holds only {len(chosen)} operations; lower n."
             )
-    return RandAugment(tuple(_Step(name, probability, magnitude) for name in chosen), weights, layers, magnitudes)
+    return RandAugment(tuple(_Step(name, probability, magnitude) for name in chosen), weights, int(layers), magnitudes)
 
 
 def _read_policy(table: str) -> tuple[tuple[_Step, ...], ...]:

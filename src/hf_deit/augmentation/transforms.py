@@ -1,18 +1,18 @@
-"""Per-image augmentation (paper, Table 9): one uint8 image and one random generator in, one uint8 view out.
+"""Augmentation of one image (paper, Table 9): from a uint8 image and a random generator to a uint8 view.
 
-Every random choice of a view is drawn first (`TrainTransform.sample`) and carried out afterwards
-(`TrainTransform.apply`), so choices can be inspected, measured, replayed, or handed to a decoder that needs the crop
-box before there are any pixels. Nothing here keeps state or touches a global generator.
+Every random choice of a view is drawn first (`TrainTransform.sample`) and applied afterwards (`TrainTransform.apply`),
+so that the choices can be inspected, measured, replayed, or passed to a decoder that needs the crop box before it
+decodes. The transforms keep no state and use no global generator.
 
 Not here: decoding (decoding.py); normalisation, random erasing, Mixup and CutMix, which happen per batch on the device
 (mixing.py).
 
 Sources of the conventions: operations, magnitude ranges and policies follow timm/data/auto_augment.py, which the
 authors train with; the crop follows torchvision's RandomResizedCrop; the 32-pixel rule and the evaluation size follow
-the authors' main.py and datasets.py. Pixel operations mean what Pillow's mean: albumentations' functions do the work
-where they agree with Pillow, look-up tables where they do not (its "pil" equalisation is one bin off, its automatic
-contrast ignores pixels of value 255, its brightness and contrast round where Pillow truncates). Geometric operations
-are cubic as the authors', and ours, because cv2's cubic warp took four fifths of RandAugment's time.
+the authors' main.py and datasets.py. Pixel operations give Pillow's results: by albumentations' functions that agree
+with Pillow, else by look-up tables (albumentations' "pil" equalisation is one bin off, its automatic contrast ignores
+pixels of value 255, its brightness and contrast round where Pillow truncates). Geometric operations are cubic like the
+authors', with our own warp, because cv2's cubic warp took four fifths of RandAugment's time.
 """
 
 from __future__ import annotations
@@ -29,24 +29,26 @@ import torch
 from PIL import Image
 
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would otherwise ask the network for a newer one
+os.environ.setdefault(
+    "NO_ALBUMENTATIONS_UPDATE", "1"
+)  # otherwise importing albumentations looks online for a newer version
 
 from ..errors import UserError
 from .operations import Operation, apply_operations
-from .policies import AutoAugment, ColorJitter, Generator, RandAugment, _index, _uniform, parse_auto_augment
+from .policies import AutoAugment, ColorJitter, Generator, RandAugment, draw_index, draw_uniform, parse_auto_augment
 
 
-cv2.setNumThreads(0)  # loader workers share the cores already, and cv2's threads do not survive a fork
+cv2.setNumThreads(0)  # loader workers already use all cores, and cv2's threads do not survive a fork
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-SMALL_IMAGE_SIZE = 32  # up to here the authors crop from a padded border instead of zooming
-LARGE_IMAGE_SIZE = 384  # from here on evaluation shows the whole shorter side
+SMALL_IMAGE_SIZE = 32  # up to this size the authors crop from a padded image instead of a random resized crop
+LARGE_IMAGE_SIZE = 384  # from this size on, evaluation shows the whole shorter side
 CROP_PADDING = 4
 
 # --------------------------------------------------------------------------------------------------------------------
-# Choices: what a view consists of.
+# The random choices of a view.
 
 
 class Box(NamedTuple):
@@ -59,7 +61,7 @@ class Box(NamedTuple):
 
 
 class ViewParameters(NamedTuple):
-    """All random choices of one training view, in the order they are carried out."""
+    """All random choices of one training view, in the order in which they are applied."""
 
     box: Box
     flip: bool
@@ -75,19 +77,19 @@ def sample_crop_box(
 ) -> Box:
     """Draw the box of a random resized crop inside a `height` x `width` image.
 
-    Area is uniform in `scale` (fractions of the image), width/height log-uniform in `ratio`, position uniform. After
-    ten boxes that do not fit, the largest central box whose ratio is in range.
+    The area is uniform in `scale` (fractions of the image), width/height is log-uniform in `ratio`, the position is
+    uniform. If ten boxes do not fit, the result is the largest central box whose ratio is in range.
 
     Source: torchvision.transforms.RandomResizedCrop.get_params.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     largest, smallest = height * width * scale[1], height * width * scale[0]
     for _ in range(10):
-        area = _uniform(smallest, largest, rng)
-        aspect = math.exp(_uniform(low, high, rng))
+        area = draw_uniform(smallest, largest, rng)
+        aspect = math.exp(draw_uniform(low, high, rng))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top, left = _index(height - box_height + 1, rng), _index(width - box_width + 1, rng)
+            top, left = draw_index(height - box_height + 1, rng), draw_index(width - box_width + 1, rng)
             return Box(top, left, box_height, box_width)
     if width / height < ratio[0]:
         box_width, box_height = width, round(width / ratio[0])
@@ -96,18 +98,6 @@ def sample_crop_box(
     else:
         box_width, box_height = width, height
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# From a magnitude to the argument of an operation. `level` is the magnitude over 10: 0 to 1 unless mmax allows more.
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Operations on pixels, (height, width, 3) uint8 to the same.
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Policies: which operations, how often, how strong.
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -127,17 +117,17 @@ def _check_image(image: np.ndarray) -> None:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic, antialiased resize of a (height, width, 3) uint8 image to (size, size, 3).
+    """Resize a (height, width, 3) uint8 image to (size, size, 3), bicubic and antialiased.
 
-    PyTorch's uint8 kernel: the filter of Pillow and faster, rows before columns. It is within a level or two of Pillow
-    working in that order. Pillow 13 takes columns first for some portrait images, and as uint8 saturates between the
-    passes, isolated pixels along harsh edges then differ by more.
+    PyTorch's uint8 kernel uses Pillow's filter, is faster, and resizes rows before columns. The result is within one
+    or two levels of Pillow's in the same order. Pillow 13 resizes columns first for some portrait images; uint8
+    saturates between the two passes, so isolated pixels along harsh edges then differ by more.
     """
     if image.shape[:2] == (size, size):
         return image
-    if not (image.flags.c_contiguous and image.flags.writeable):  # torch warns of what is read-only
+    if not (image.flags.c_contiguous and image.flags.writeable):  # torch warns about read-only arrays
         image = image.copy()
-    # (1, 3, height, width) with channels last in memory, the layout the kernel is fast in and keeps
+    # (1, 3, height, width) with channels last in memory: the kernel is fast in this layout and keeps it
     pixels = torch.from_numpy(image.reshape(1, *image.shape).transpose(0, 3, 1, 2))
     resized = torch.nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
     return resized.numpy()[0].transpose(1, 2, 0)
@@ -145,9 +135,9 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """One training view: crop, flip, then `policies`. Build it with `build_train_transform`.
+    """The training transform: crop, flip, then `policies`. Build it with `build_train_transform`.
 
-    Immutable and picklable: what a view looks like depends on the image and the generator alone.
+    The transform is immutable and picklable; a view depends only on the image and the generator.
     """
 
     image_size: int
@@ -159,13 +149,13 @@ class TrainTransform:
     fill: tuple[int, int, int]
 
     def __call__(self, image: np.ndarray, rng: Generator) -> np.ndarray:
-        """A view of a (height, width, 3) uint8 RGB image: (image_size, image_size, 3) uint8 RGB, contiguous.
+        """Return a view of a (height, width, 3) uint8 RGB image: (image_size, image_size, 3) uint8 RGB, contiguous.
 
         Raises:
-            ValueError: for any other shape or dtype.
+            ValueError: if the image has another shape or dtype.
         """
         _check_image(image)
-        return self.apply(image, self.sample(*image.shape[:2], rng))
+        return self.apply(image, self.sample(image.shape[0], image.shape[1], rng))
 
     def sample(self, height: int, width: int, rng: Generator) -> ViewParameters:
         """Draw all choices of a view of a `height` x `width` image.
@@ -173,7 +163,7 @@ class TrainTransform:
         The box of a padded crop lies in the image already resized to `image_size`.
         """
         if self.crop == "padded":
-            top, left = (_index(2 * CROP_PADDING + 1, rng) - CROP_PADDING for _ in range(2))
+            top, left = (draw_index(2 * CROP_PADDING + 1, rng) - CROP_PADDING for _ in range(2))
             box = Box(top, left, self.image_size, self.image_size)
         else:
             box = sample_crop_box(height, width, rng, self.scale, self.ratio)
@@ -183,11 +173,11 @@ class TrainTransform:
         )
 
     def reduction(self, height: int, width: int) -> int:
-        """How many times smaller (1, 2, 4 or 8) a `height` x `width` image may be decoded without visible change.
+        """Return the factor (1, 2, 4 or 8) by which a `height` x `width` image may be decoded smaller.
 
-        The bound: not even the smallest crop that can be drawn has fewer pixels than the view along either side. Over
-        the crops that are drawn, views then differ by less than one level of 255 on average, which is less than
-        between a bicubic and a Lanczos filter. It depends on the image alone, so that every view of it sees the same.
+        The bound: even the smallest possible crop has at least as many pixels as the view along both sides. On average
+        over the drawn crops, views then differ by less than one level of 255, less than between a bicubic and a
+        Lanczos filter. The factor depends only on the image's size, so that all views of an image share the factor.
         """
         if self.crop == "padded":
             return 1
@@ -196,11 +186,11 @@ class TrainTransform:
         return max(k for k in (1, 2, 4, 8) if k == 1 or shortest >= k * self.image_size)
 
     def rows_needed(self, views: Sequence[ViewParameters]) -> int | None:
-        """How many rows of the image, from the top, `views` show; None for all."""
+        """Return the number of rows, from the top of the image, that `views` need; None for all rows."""
         return None if self.crop == "padded" else max(view.box.top + view.box.height for view in views)
 
     def apply(self, image: np.ndarray, view: ViewParameters) -> np.ndarray:
-        """Carry out `view`. The input is never written to, and may share memory with the result."""
+        """Apply the choices `view` to an image. The input is never modified, and may share memory with the result."""
         top, left, height, width = view.box
         if self.crop == "padded":
             image = cv2.copyMakeBorder(resize(image, self.image_size), *(CROP_PADDING,) * 4, cv2.BORDER_CONSTANT)
@@ -222,19 +212,22 @@ def build_train_transform(
     horizontal_flip: float = 0.5,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
 ) -> TrainTransform:
-    """The paper's training transform; the defaults are Table 9's.
+    """Build the paper's training transform; the defaults are those of Table 9.
 
     Args:
-        auto_augment: timm's policy string, see `parse_auto_augment`.
-        color_jitter: strength. Takes effect only without `auto_augment` (or with one of the "3a" policies), as in timm
-            and so in the authors' runs: Table 9's 0.3 is idle while RandAugment is on.
-        crop: "random_resized" uses `scale` and `ratio`; "padded" shifts the image, resized to `image_size`, by up to 4
-            pixels over black. None is the authors' rule: padded up to 32 pixels.
-        horizontal_flip: probability. Set 0 where a mirror image is another class or none, such as digits.
-        mean: in [0, 1], the colour of pixels that rotation, shear and translation uncover.
+        image_size: side of the view in pixels.
+        auto_augment: timm's policy string, see `parse_auto_augment`; None for none.
+        color_jitter: strength. It takes effect only without `auto_augment` or with a "3a" policy, as in timm and
+            therefore in the authors' runs: Table 9's 0.3 has no effect while RandAugment is on.
+        crop: "random_resized" uses `scale` and `ratio`; "padded" resizes the image to `image_size` and shifts it by up
+            to 4 pixels over black. None selects the authors' rule: "padded" up to 32 pixels, else "random_resized".
+        scale: range of the crop's area, as a fraction of the image.
+        ratio: range of the crop's width / height.
+        horizontal_flip: probability. Set 0 if a mirrored image may be of another class or none, as with digits.
+        mean: colour, in [0, 1], of the pixels that rotation, shear and translation uncover.
 
     Raises:
-        ValueError: for a value out of range or an unknown policy.
+        ValueError: if a value is out of range or the policy is unknown.
     """
     _check_image_size(image_size)
     if crop not in (None, "random_resized", "padded"):
@@ -265,16 +258,19 @@ def build_train_transform(
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Shorter side to `image_size / crop_ratio`, then the central square. Build it with `build_eval_transform`."""
+    """The evaluation transform: shorter side to `image_size / crop_ratio`, then the central square.
+
+    Build it with `build_eval_transform`.
+    """
 
     image_size: int
     crop_ratio: float
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """The evaluation view of a (height, width, 3) uint8 RGB image: (image_size, image_size, 3) uint8 RGB.
+        """Return the evaluation view of a (height, width, 3) uint8 RGB image: (image_size, image_size, 3) uint8 RGB.
 
         Raises:
-            ValueError: for any other shape or dtype.
+            ValueError: if the image has another shape or dtype.
         """
         _check_image(image)
         image = _trim_ribbon(image)
@@ -291,9 +287,9 @@ class EvalTransform:
 
 
 def _trim_ribbon(image: np.ndarray, longest: int = 16) -> np.ndarray:
-    """Cut the ends off an image more than `longest` times as long as wide.
+    """Cut the ends off an image that is more than `longest` times as long as wide.
 
-    The central crop never shows them, and resizing them could take gigabytes.
+    The central crop never shows the ends, and resizing them could take gigabytes.
     """
     height, width = image.shape[:2]
     top = max(0, height - longest * width) // 2
@@ -302,16 +298,18 @@ def _trim_ribbon(image: np.ndarray, longest: int = 16) -> np.ndarray:
 
 
 def build_eval_transform(image_size: int = 224, *, crop_ratio: float | None = None) -> EvalTransform:
-    """The paper's evaluation transform: shorter side 256, bicubic with antialiasing, central 224.
+    """Build the paper's evaluation transform: shorter side 256, bicubic with antialiasing, central 224.
 
     Args:
-        crop_ratio: central part kept, in (0, 1]. None is 0.875, and 1 up to 32 pixels, where an image of the right
-            size passes unchanged, and from 384 on. Set 0.875 for the authors' published accuracies at 384.
+        image_size: side of the view in pixels.
+        crop_ratio: share of the shorter side that the central crop keeps, in (0, 1]. None selects 0.875, but 1 up to
+            32 pixels (an image of the right size passes unchanged) and from 384 on. Set 0.875 to reproduce the
+            authors' published accuracies at 384.
 
     Raises:
-        ValueError: for a value out of range.
+        ValueError: if a value is out of range.
 
-    Source: facebookresearch/deit datasets.py and main.py (0.875 for every size above 32: 384 of a shorter side of
+    Source: facebookresearch/deit datasets.py and main.py (0.875 for every size above 32, so at 384 a shorter side of
     438); timm/models/deit.py for 1 at 384.
     """
     _check_image_size(image_size)

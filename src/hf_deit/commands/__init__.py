@@ -1,1 +1,1 @@
-"""What the scripts in `recipes/` do, one module a script: from the words of the command line to the end."""
+"""Commands behind the scripts in `recipes/`, one module per script: each takes the command line and runs it."""

@@ -1,4 +1,4 @@
-"""Distil a DeiT: the images, the student, its teacher, and the trainer around them, from a recipe."""
+"""Distil a DeiT: build the images, the student, the teacher and the trainer from a recipe, then train."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ KINDS = (ModelArguments, DataArguments, DistillationConfig)
 
 
 def main(argv: Sequence[str], recipes: Path, *, command: Sequence[str]) -> dict[str, float]:
-    """Train the student that the words after the script's name describe; see [`build_trainer`].
+    """Train the student that the command-line arguments describe; see [`build_trainer`].
 
     Returns:
-        What all_results.json holds; see [`DistillationTrainer.train_and_save`].
+        The content of all_results.json; see [`DistillationTrainer.train_and_save`].
     """
     return build_trainer(argv, recipes, command=command).train_and_save()
 
 
 def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str]) -> DistillationTrainer:
-    """Everything of a run but the run itself.
+    """Build the trainer of a run, ready to train.
 
     Args:
-        argv: the words after the script's name.
-        recipes: the directory in which `teacher_recipe` and quickstart.yaml, the default recipe, are found.
-        command: all words, for the model card.
+        argv: command-line arguments, without the script's name.
+        recipes: directory that holds `teacher_recipe` and the default recipe, quickstart.yaml.
+        command: the whole command line, for the model card.
 
     Raises:
-        ValueError: what the recipe, the images, the student or the teacher are refused for.
+        ValueError: the recipe, the images, the student or the teacher is not usable.
     """
-    # 1. What to do
+    # 1. The settings
     model_args, data_args, training_args = parse_recipe(KINDS, argv, recipes / "quickstart.yaml")
-    # Imported here, so that the command line is read before any of it is.
+    # Slow imports come after parsing, so that a wrong command line is reported at once.
     from ..data.views import load_views
     from ..teachers.teacher import load_teacher
     from ..training.distillation_trainer import DistillationTrainer
@@ -69,7 +69,7 @@ def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str])
             compile=training_args.torch_compile,
         )
 
-    # 4. What trains, evaluates and saves them
+    # 4. The trainer
     return DistillationTrainer(
         student,
         training_args,
@@ -83,7 +83,7 @@ def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str])
 
 
 def build_student(model_args: ModelArguments, image_size: int, id2label: dict[int, str]) -> DeiTPreTrainedModel:
-    """The checkpoint that is named, or fresh weights."""
+    """Load `model_name_or_path`, or build a model of `model_size` with random weights."""
     from ..models.classifiers import load_pretrained
     from ..models.configuration_deit import DeiTConfig
     from ..models.modeling_deit import DeiTForImageClassification, DeiTForImageClassificationWithTeacher

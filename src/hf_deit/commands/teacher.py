@@ -1,6 +1,6 @@
 """Train a teacher: any timm or Transformers classifier, from scratch or fine-tuned, on the student's data.
 
-With the same augmentation as the student ("a RegNetY-16GF that we trained with the same data and same
+The augmentation is the student's ("a RegNetY-16GF that we trained with the same data and same
 data-augmentation as DeiT", section 5.2 of the paper).
 """
 
@@ -21,20 +21,20 @@ KINDS = (ClassifierArguments, DataArguments, DistillationConfig)
 
 
 def main(argv: Sequence[str], *, command: Sequence[str]) -> dict[str, float]:
-    """Train the teacher that the words after the script's name describe.
+    """Train the teacher that the command-line arguments describe.
 
     Args:
-        argv: the words after the script's name.
-        command: all words, for the model card.
+        argv: command-line arguments, without the script's name.
+        command: the whole command line, for the model card.
 
     Returns:
-        What all_results.json holds; see [`DistillationTrainer.train_and_save`].
+        The content of all_results.json; see [`DistillationTrainer.train_and_save`].
     """
     return train_teacher(*parse_recipe(KINDS, argv), command=command)
 
 
 def find_or_train_teacher(recipe: Path, data_args: DataArguments, *, command: Sequence[str]) -> str:
-    """The recipe's output directory; if no finished run is there, the recipe is run first, on the student's data."""
+    """Return the recipe's output_dir; if it holds no finished run, first train the teacher on the student's data."""
     model_args, _, training_args = parse_recipe(KINDS, [str(recipe)])
     if not is_finished(training_args.output_dir):
         train_teacher(model_args, data_args, training_args, command=command)
@@ -48,8 +48,8 @@ def train_teacher(
     *,
     command: Sequence[str],
 ) -> dict[str, float]:
-    """Train the classifier from labels alone."""
-    # Imported here, so that the command line is read before any of it is.
+    """Train the classifier on labels only (`distillation_type` 'none')."""
+    # Slow imports come after parsing, so that a wrong command line is reported at once.
     from ..data.views import load_views
     from ..models.classifiers import new_classifier
     from ..training.distillation_trainer import DistillationTrainer
@@ -63,7 +63,7 @@ def train_teacher(
         mean=views.processor.image_mean,
         std=views.processor.image_std,
         image_size=data_args.image_size,
-        model_args=model_args.model_args,
+        model_args=dict(model_args.model_args or {}),
     )
     trainer = DistillationTrainer(
         model,

@@ -1,1 +1,1 @@
-"""From a dataset's name to batches of views: find the images, stream them, decode them, order them."""
+"""Turn a dataset name into batches of views: find, stream, decode and order the images."""

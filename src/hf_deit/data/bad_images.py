@@ -1,6 +1,6 @@
-"""The ledger of damaged training images: a list in the output directory, and a limit.
+"""List the damaged training images in the output directory, and stop the run if there are too many.
 
-Not here: noticing the damage (decoding.py), and what is seen in place of a damaged image (views.py).
+Damage is detected in decoding.py; views.py replaces a damaged image.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from ..errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "_bad_images.txt"  # Trainer uploads no name with this underscore, and it holds paths of this machine
+FILE_NAME = "_bad_images.txt"  # the file holds local paths; Trainer does not upload names with a leading underscore
 HEADER = "index\tpath\treason\n"
 
 
 class BadImages:
     """Lists each damaged image once in `_bad_images.txt`, one line `index, path, reason` separated by tabs.
 
-    The ranks of a run append to one file, and a resumed run goes on with it. `len()` is the number of images listed.
+    All ranks of a run append to this file, and a resumed run continues it. `len()` is the number of images listed.
 
     Args:
-        output_dir: where the file lies; it comes with the first damaged image.
-        num_images: size of the training set.
-        max_bad_images: fraction of the set, in [0, 1], that may be damaged.
+        output_dir: directory of the file, which is created with the first damaged image.
+        num_images: number of training images.
+        max_bad_images: fraction of the training images that may be damaged, in [0, 1].
     """
 
     def __init__(self, output_dir: str | Path, num_images: int, max_bad_images: float = 0.001):
         self.path = Path(output_dir, FILE_NAME)
         self.num_images = num_images
         self.max_bad_images = max_bad_images
-        self._listed: set[int] = set()  # may lag behind what other ranks have written
+        self._listed: set[int] = set()  # may lack images that other ranks have listed
 
     def __len__(self) -> int:
         self._read()
         return len(self._listed)
 
     def record(self, bad_images: Sequence[tuple[int, str | None, str]]) -> None:
-        """Notes the `(index, path, reason)` that came with a batch.
+        """List the damaged images of a batch, given as `(index, path, reason)`.
 
         Raises:
-            ValueError: more of the set is damaged than `max_bad_images` allows.
+            ValueError: more training images are damaged than `max_bad_images` allows.
         """
         if self._listed.issuperset(index for index, _, _ in bad_images):
             return
@@ -52,20 +52,20 @@ class BadImages:
         if new and not self._listed:
             index, (path, reason) = next(iter(new.items()))
             logger.warning(
-                "training image number %d (path %s) is damaged: %s. Its neighbour is trained on instead; all such "
+                "training image number %d (path %s) is damaged: %s. The next intact image replaces it; all damaged "
                 "images are listed in %s",
                 *(index, _in_one_field(path or "none"), _in_one_field(reason), self.path),
             )
         self._append(new)
         if len(self._listed) / self.num_images > self.max_bad_images:
             raise UserError(
-                f"{len(self._listed)} of {self.num_images} training images are damaged so far, which is more than "
-                f"max_bad_images = {self.max_bad_images:g} of them; they are listed in {str(self.path)!r}: repair the "
-                "set, or raise max_bad_images"
+                f"{len(self._listed)} of {self.num_images} training images are damaged so far, more than the "
+                f"fraction max_bad_images = {self.max_bad_images:g}; they are listed in {str(self.path)!r}. Repair "
+                "the dataset, or raise max_bad_images"
             )
 
     def forget(self) -> None:
-        """Removes the list of an earlier run."""
+        """Delete the list that an earlier run left in the output directory."""
         self.path.unlink(missing_ok=True)
         self._listed.clear()
 
@@ -80,7 +80,7 @@ class BadImages:
         try:
             with self.path.open("x", encoding="utf-8") as file:
                 file.write(HEADER)
-        except FileExistsError:  # from before, or just written by another rank
+        except FileExistsError:  # written by an earlier run or by another rank
             pass
         with self.path.open("a", encoding="utf-8") as file:
             for index, (path, reason) in new.items():
@@ -89,5 +89,5 @@ class BadImages:
 
 
 def _in_one_field(text: str) -> str:
-    """Without tabs and line ends, and without what no file or terminal could take: names are not always text."""
+    """Replace tabs, line ends and characters that UTF-8 cannot encode: file names are not always valid text."""
     return text.translate(str.maketrans("\t\r\n", "   ")).encode("utf-8", "replace").decode("utf-8")

@@ -1,10 +1,11 @@
-"""Encoded bytes to RGB pixels, whatever the file is.
+"""Decode the bytes of an image file, in any supported format, to RGB pixels.
 
-A flawless JPEG goes through libjpeg-turbo (simplejpeg): Pillow's pixels, in less time and, where asked for, 2, 4 or 8
-times smaller and no further down than needed. Everything else goes through Pillow, and what Pillow refuses is
-damaged. What decodes all the same goes unnoticed: a flipped bit, a JPEG cut short and properly closed.
+An intact JPEG is decoded by libjpeg-turbo (simplejpeg): it yields the same pixels as Pillow in less time and can
+return the image 2, 4 or 8 times smaller and only its upper rows. Every other file is decoded by Pillow, and an image
+that Pillow rejects counts as damaged. Damage that still decodes is not detected: a flipped bit, or a JPEG that was cut
+short and properly closed.
 
-Not here: what becomes of damaged images (views.py, bad_images.py).
+Damaged images are handled in views.py and listed by bad_images.py.
 
 Sources: ITU-T T.81, table B.1 (markers of a JPEG); EXIF 2.32, tag 0x0112 (orientation).
 """
@@ -26,26 +27,26 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from ..errors import UserError
 
 
-# Not all that Pillow reads: its EPS reader has Ghostscript run the file as a program, and some other readers hand it
-# to programs or decoders of their own. A JPEG of several pictures (MPO) counts as a JPEG.
+# A subset of Pillow's formats: its EPS reader makes Ghostscript run the file as a program, and some other readers pass
+# the file to external programs or decoders. A JPEG with several pictures (MPO) counts as a JPEG.
 Image.init()
 FORMATS = tuple(
     name
     for name in ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
-    if name in Image.OPEN  # AVIF depends on how Pillow was built
+    if name in Image.OPEN  # Pillow may be built without AVIF
 )
 
 
 class DamagedImage(UserError):
-    """An image that is not there or cannot be decoded; the message is a short reason."""
+    """An image is missing or cannot be decoded; the message is a short reason."""
 
 
 class Part(NamedTuple):
-    """As much of an image as is needed.
+    """The part of an image that the views need.
 
     Attributes:
-        reduction: how many times smaller than stored: 1, 2, 4 or 8.
-        rows: of the image so reduced, from the top; None for all.
+        reduction: factor by which both sides are reduced: 1, 2, 4 or 8.
+        rows: number of rows of the reduced image, from the top; None for all.
     """
 
     reduction: int = 1
@@ -53,21 +54,21 @@ class Part(NamedTuple):
 
 
 def decode_image(encoded: Mapping | None, choose_part: Callable[[int, int], Part] | None = None) -> np.ndarray:
-    """One image as RGB.
+    """Decode one image to RGB.
 
     Args:
         encoded: `{"bytes": bytes or None, "path": str or None}`, one of [`FORMATS`] whatever the file is called, in
             any mode: grey, palette, CMYK, alpha (dropped), 16 bits (scaled down, not clipped), the first frame of
             several.
-        choose_part: asked once, with the height and width in pixels, for the [`Part`] that is needed.
+        choose_part: called once with the height and width in pixels; it returns the [`Part`] that is needed.
 
     Returns:
-        `(height, width, 3)` uint8, turned upright where the EXIF data says so, as Transformers' pipelines do; sides
-        divided by the reduction and rounded up. There may be more rows than were asked for.
+        `(height, width, 3)` uint8, turned upright according to its EXIF data, as in Transformers' pipelines. Each side
+        is divided by the reduction and rounded up. There may be more rows than `choose_part` requested.
 
     Raises:
-        DamagedImage: no file, no image, more pixels than Pillow's limit of twice `PIL.Image.MAX_IMAGE_PIXELS`, or
-            damaged in any way.
+        DamagedImage: the file is missing, is not an image, is damaged, or has more pixels than Pillow's limit of twice
+            `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     data = _read(encoded or {})
     jpeg = _read_jpeg_header(data)
@@ -89,7 +90,7 @@ def _read(encoded: Mapping) -> bytes:
     data, path = encoded.get("bytes"), encoded.get("path")
     if data is None:
         if path is None:
-            raise DamagedImage("neither bytes nor a path")
+            raise DamagedImage("has neither bytes nor a path")
         try:
             data = Path(path).read_bytes()
         except OSError as error:
@@ -102,20 +103,21 @@ def _read(encoded: Mapping) -> bytes:
 # --------------------------------------------------------------------------------------------------------------------
 # JPEG
 
-# A marker among the pixels, where 255 is followed by 0; not: padding, a restart.
+# A marker within the compressed pixels. There, a data byte of 255 is followed by 0, and neither padding nor a restart
+# marker ends the scan.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _BASELINE, _SCAN, _APP1, _END_OF_IMAGE = 0xC0, 0xDA, 0xE1, 0xD9
-_MARGIN = 16  # rows; the last ones of an image lack the colours from below that would shade into them
+_MARGIN = 16  # extra rows to decode: the last rows of a cut image lack the colour samples below them
 
 
 class _JpegHeader(NamedTuple):
-    """What is said before the pixels.
+    """The header of a JPEG: everything before its pixels.
 
     Attributes:
-        height, width: as stored.
-        may_be_turned: there is EXIF or XMP data, or something too odd to tell.
-        baseline_at: where the frame of a baseline JPEG begins, behind its marker; None for any other.
-        scan_at: where its first scan begins.
+        height, width: as stored, in pixels.
+        may_be_turned: True if there is EXIF or XMP data, or if the header could not be parsed.
+        baseline_at: offset of the frame of a baseline JPEG, after its marker; None for any other JPEG.
+        scan_at: offset of the first scan.
     """
 
     height: int
@@ -126,7 +128,7 @@ class _JpegHeader(NamedTuple):
 
 
 def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
-    """None for what is no JPEG in grey or three colours, or too large."""
+    """Read the header; None if `data` is not a JPEG in grey or three colours, or has too many pixels."""
     if not data.startswith(b"\xff\xd8"):
         return None
     try:
@@ -148,17 +150,17 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
 
 
 def _decode_jpeg(data: bytes, jpeg: _JpegHeader, part: Part) -> np.ndarray | None:
-    """None where libjpeg is not content: Pillow judges then, and gives the reason."""
+    """Decode a JPEG; None if libjpeg reports an error or a warning, so that Pillow decides and gives the reason."""
     height, k = jpeg.height, part.reduction
     cut = part.rows is not None and jpeg.baseline_at is not None and _is_whole_scan(data, jpeg.scan_at)
     if cut:
-        # The decoder is told of a lower image, and leaves the rest of the scan. It warns of that rest, so warnings
-        # cannot count: the search for markers stands in for them.
+        # We patch the header to a smaller height so that the decoder stops early. It then warns about the unread data,
+        # so warnings cannot signal damage; we scan for JPEG markers instead.
         height = min(height, part.rows * k + _MARGIN)
         at = jpeg.baseline_at + 3
         data = b"".join((data[:at], height.to_bytes(2, "big"), data[at + 2 :]))
     try:
-        # the smallest scale that has these sides
+        # simplejpeg chooses the smallest scale with at least these sides
         return simplejpeg.decode_jpeg(
             data, "RGB", min_height=-(-height // k), min_width=-(-jpeg.width // k), strict=not cut
         )
@@ -167,7 +169,7 @@ def _decode_jpeg(data: bytes, jpeg: _JpegHeader, part: Part) -> np.ndarray | Non
 
 
 def _is_whole_scan(data: bytes, start: int) -> bool:
-    """Whether all pixels come in one scan, and nothing but the end of the image after it."""
+    """Return whether one scan holds all pixels and is followed by the end of the image."""
     marker = _MARKER.search(data, start + int.from_bytes(data[start : start + 2], "big"))
     return marker is not None and data[marker.end() - 1] == _END_OF_IMAGE
 
@@ -177,7 +179,7 @@ def _is_whole_scan(data: bytes, start: int) -> bool:
 
 
 class _Turn(NamedTuple):
-    """How a stored image becomes upright: transposed first, then flipped (by `cv2.flip`'s code)."""
+    """How to turn a stored image upright: transpose it first, then flip it (`flip` is the code of `cv2.flip`)."""
 
     transposed: bool
     flip: int | None
@@ -198,7 +200,7 @@ _TURNS = {
 def _turn(image: Image.Image) -> _Turn:
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation), _UPRIGHT)
-    except Exception:  # damaged EXIF says nothing about the pixels (one such image is in ImageNet-1k)
+    except Exception:  # damaged EXIF data does not mean damaged pixels (ImageNet-1k has one such image)
         return _UPRIGHT
 
 
@@ -207,7 +209,7 @@ def _turn_of_jpeg(data: bytes) -> _Turn:
         warnings.simplefilter("ignore")
         try:
             return _turn(Image.open(io.BytesIO(data), formats=("JPEG",)))
-        except Exception:  # its pixels are for the decoder to judge
+        except Exception:  # the decoder decides whether the image is damaged
             return _UPRIGHT
 
 
@@ -223,7 +225,7 @@ def _upright(pixels: np.ndarray, turn: _Turn) -> np.ndarray:
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a large image, of damaged EXIF: not once per image
+        warnings.simplefilter("ignore")  # Pillow would warn of large images and damaged EXIF data, once per image
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 image.load()
@@ -231,8 +233,8 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         except MemoryError:
             raise
         except UnidentifiedImageError as error:
-            raise DamagedImage("no image that Pillow can identify") from error
-        except Exception as error:  # Pillow's readers raise whatever the damage leads them to
+            raise DamagedImage("holds no image that Pillow can identify") from error
+        except Exception as error:  # damage makes Pillow's readers raise exceptions of any type
             raise DamagedImage(f"{type(error).__name__}: {error}") from error
 
 
@@ -241,4 +243,4 @@ def _rgb(image: Image.Image) -> np.ndarray:
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))  # a copy: what Pillow lends is read-only
+    return np.array(image.convert("RGB"))  # a copy, because the memory that Pillow shares is read-only

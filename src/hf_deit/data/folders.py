@@ -1,4 +1,4 @@
-"""Directories of class folders, and the shards of a dataset: which files are images, and of which class."""
+"""List the images and classes of a directory of class folders, and the shard files of a dataset."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..errors import UserError
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 )
-# What a folder or file of one split may be called.
+# Names by which a folder or a file is recognised as a split.
 SPLIT_NAMES = ("train", "validation", "val", "valid", "dev", "test")
 
 
 @dataclass(frozen=True)
 class LocalImages:
-    """One split.
+    """The images and labels of one split.
 
     Attributes:
-        images: absolute paths, or encoded bytes where the files hold bare pixels.
-        labels: class of each image; of ReaL a list of classes, which may be empty.
-        class_names: None where the files do not say (the registry does).
+        images: absolute paths, or encoded bytes if the official files hold raw pixels.
+        labels: class of each image; for ReaL a list of classes per image, which may be empty.
+        class_names: class names in label order; None if only the registry has them.
     """
 
     images: list[str] | list[bytes]
@@ -34,57 +34,58 @@ class LocalImages:
 
 
 def find_image_folders(directory: Path) -> dict[str, Path]:
-    """`{split: folder}` of `<split>/<class>/<image>`; one split "train" where the classes stand in `directory` itself.
+    """Return `{split: folder}` of `<split>/<class>/<image>`; only "train" if `directory` holds the classes itself.
 
-    Split folders keep their names. A split without a folder per class is listed too, so that reading it says why not.
+    Split folders keep their names. A split without a folder per class is listed too, so that reading the split raises
+    an error that explains the expected layout.
     """
-    folders = {entry.name: Path(entry.path) for entry in _visible(directory) if entry.is_dir()}
+    folders = {entry.name: Path(entry.path) for entry in visible_entries(directory) if entry.is_dir()}
     splits = {name: folder for name, folder in folders.items() if name in SPLIT_NAMES and _has_image(folder)}
     return splits or ({"train": directory} if any(_has_image(folder) for folder in folders.values()) else {})
 
 
 def read_image_folders(folder: Path, train_folder: Path | None = None) -> LocalImages:
-    """The images of `<folder>/<class>/...`, at any depth below the class, sorted by path.
+    """Read the images of `<folder>/<class>/...`, at any depth below the class, sorted by path.
 
-    Classes are the folders of `train_folder` (default: `folder`) that hold an image, in the order of
-    [`sort_classes`]: as torchvision has it, but numbers count as numbers ("10" comes after "2").
+    The classes are the folders of `train_folder` (default: `folder`) that hold an image, in the order of
+    [`sort_classes`]: torchvision's order, except that numbers are sorted as numbers ("10" after "2").
 
     Raises:
-        ValueError: no folder per class, or a class that `train_folder` doesn't have.
+        ValueError: `folder` has no folder per class, or has a class that `train_folder` lacks.
     """
     names = _class_folders(train_folder or folder)
     found = _class_folders(folder)
     if not found:
         raise UserError(
-            f"{str(folder)!r} holds images but no folder per class; expected {folder.name}/<class>/<image>.jpg (for "
-            "ImageNet's flat validation folder see the layout of imagenet-1k)"
+            f"{str(folder)!r} holds images but no folder per class; expected {folder.name}/<class>/<image>.jpg. For "
+            "ImageNet's flat validation folder use dataset_name: imagenet-1k with data_dir"
         )
     if unknown := [name for name in found if name not in set(names)]:
         raise UserError(
             f"{str(folder)!r} has {len(unknown)} classes that {str(train_folder)!r} has no images of, such as "
-            f"{', '.join(unknown[:3])}; both need the same"
+            f"{', '.join(unknown[:3])}; both folders need the same classes"
         )
     images, labels = [], []
     for name in found:
-        paths = _image_paths(folder / name)
+        paths = image_paths(folder / name)
         images += paths
         labels += [names.index(name)] * len(paths)
     return LocalImages(images, labels, names)
 
 
 def sort_classes(names: Iterable[str]) -> list[str]:
-    """In the order of the alphabet, or of the numbers where every name is one ("2" before "10")."""
+    """Sort class names alphabetically, or as numbers if every name is a number ("2" before "10")."""
     names = list(names)
     numbers = all(name.isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name), name) if numbers else name)
 
 
 def find_shards(directory: Path, suffix: str, everywhere: bool = False) -> dict[str, list[str]]:
-    """`{split: files}` of a set cut into files, such as train-00000-of-00002.parquet, test/0000.parquet, val-03.tar.
+    """Return `{split: files}` of a sharded dataset: train-00000-of-00002.parquet, test/0000.parquet, val-03.tar, ...
 
     Args:
-        suffix: ".parquet" or ".tar". A tar without a split's name is no shard: images are also sent around as tars.
-        everywhere: look into every folder below, not only into those just below `directory`.
+        suffix: ".parquet" or ".tar". A tar file without a split name is no shard, because plain archives are tars too.
+        everywhere: search all folders below `directory`, not only its direct subfolders.
     """
     shards: dict[str, list[str]] = {}
     patterns = (f"**/*{suffix}",) if everywhere else (f"*{suffix}", f"*/*{suffix}")
@@ -101,7 +102,9 @@ def find_shards(directory: Path, suffix: str, everywhere: bool = False) -> dict[
     return shards
 
 
-def _visible(folder: str | Path) -> list[os.DirEntry]:
+def visible_entries(folder: str | Path) -> list[os.DirEntry]:
+    """List the entries of a folder sorted by name, without names that begin with a dot."""
+    """List the entries of a folder by name, without those that begin with a dot."""
     with os.scandir(folder) as entries:
         return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
 
@@ -114,7 +117,7 @@ def _walk_images(folder: str | Path) -> Iterable[str]:
     seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         place = os.stat(parent)
-        if (place.st_dev, place.st_ino) in seen:  # a link back to where we were
+        if (place.st_dev, place.st_ino) in seen:  # a link to a folder that was already visited
             folders.clear()
             continue
         seen.add((place.st_dev, place.st_ino))
@@ -122,7 +125,9 @@ def _walk_images(folder: str | Path) -> Iterable[str]:
         yield from (os.path.join(parent, name) for name in files if _is_image(name))
 
 
-def _image_paths(folder: str | Path) -> list[str]:
+def image_paths(folder: str | Path) -> list[str]:
+    """List the absolute paths of all images in a folder, at any depth, sorted."""
+    """List the absolute paths of all images below a folder, sorted."""
     return sorted(_walk_images(os.path.abspath(folder)))
 
 
@@ -131,4 +136,4 @@ def _has_image(folder: str | Path) -> bool:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    return sort_classes(entry.name for entry in _visible(folder) if entry.is_dir() and _has_image(entry.path))
+    return sort_classes(entry.name for entry in visible_entries(folder) if entry.is_dir() and _has_image(entry.path))

@@ -1,8 +1,9 @@
-"""Labels that are no class of the model: found before training, and in every batch."""
+"""Reject labels outside the classes of the model, before training and in every batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,14 @@ from ..errors import UserError
 
 
 class CheckedLabels:
-    """A collator that looks at the labels of each batch before they go to the device.
+    """Collator that checks the labels of each batch before they are moved to the device.
 
     Args:
-        collate: the collator itself.
+        collate: the collator to wrap.
         num_labels: number of classes.
 
     Raises:
-        ValueError: when called, a label is no whole number in [0, classes).
+        ValueError: when called, if a label is not a whole number in [0, num_labels).
     """
 
     def __init__(self, collate: Callable[[list], dict], num_labels: int):
@@ -36,15 +37,15 @@ class CheckedLabels:
             if isinstance(labels, Tensor):
                 got = f"{labels.dtype} {tuple(labels.shape)}"
             raise UserError(
-                f"the labels of a batch are {got}; expected whole numbers, one an image: int64 ({len(examples)},). "
-                "Check the label column and the collator"
+                f"the labels of a batch are {got}; expected whole numbers, one per image: int64 ({len(examples)},). "
+                "Check label_column and the collator"
             )
         _refuse_labels(labels.numpy(), self.num_labels, "of a batch")
         return batch
 
 
-def check_labels(images: Sequence[dict], num_labels: int, part: str) -> None:
-    """Looks at all labels of a set before anything is trained; a stream or a plain list is looked at by the batch.
+def check_labels(images: Any, num_labels: int, part: str) -> None:
+    """Check all labels of a dataset before training; the labels of a stream or a list are checked batch by batch.
 
     Args:
         images: as [`load_image_dataset`] returns them.
@@ -52,30 +53,30 @@ def check_labels(images: Sequence[dict], num_labels: int, part: str) -> None:
         part: "training" or "evaluation".
 
     Raises:
-        ValueError: a label is no whole number in [0, classes).
+        ValueError: a label is not a whole number in [0, num_labels).
     """
     if not hasattr(images, "with_format"):
         return
-    labels = images.data.column("label").to_numpy()  # of a subset, those that are left out as well
+    labels = images.data.column("label").to_numpy()  # for a subset, this includes the images left out
     if labels.dtype.kind not in "iu":
         raise UserError(
-            f"the labels of the {part} images are {labels.dtype}; expected whole numbers in [0, {num_labels}), one an "
-            "image: check label_column"
+            f"the labels of the {part} images are {labels.dtype}; expected whole numbers in [0, {num_labels}), one "
+            "per image. Check label_column"
         )
     if len(_out_of_range(labels, num_labels)):
-        _refuse_labels(images.with_format("numpy")["label"][:], num_labels, f"of the {part} set")
+        _refuse_labels(images.with_format("numpy")["label"][:], num_labels, f"of the {part} images")
 
 
 def _refuse_labels(labels: np.ndarray, num_labels: int, of: str) -> None:
     bad = _out_of_range(labels, num_labels)
     if len(bad):
         raise UserError(
-            f"image number {bad[0]} {of} has the label {labels[bad[0]]}, and there are {num_labels} classes, 0 to "
-            f"{num_labels - 1} ({len(bad)} of {len(labels)} such labels): a split without labels (-1), another "
-            "label_column, or a model with too few classes (id2label)"
+            f"image number {bad[0]} {of} has the label {labels[bad[0]]}, but the {num_labels} classes are 0 to "
+            f"{num_labels - 1} ({len(bad)} of {len(labels)} labels are outside). Check that the split has labels (-1 "
+            "means none), label_column, and the number of classes of the model (id2label)"
         )
 
 
 def _out_of_range(labels: np.ndarray, num_labels: int) -> np.ndarray:
-    """Places of the labels that are no class."""
+    """Return the positions of the labels that are outside [0, num_labels)."""
     return np.flatnonzero((labels < 0) | (labels >= num_labels))

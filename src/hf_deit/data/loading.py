@@ -1,7 +1,9 @@
-"""From a dataset's name to its images: encoded bytes and labels, decoded by nobody yet.
+"""From the name of a dataset to its images: encoded bytes and labels.
 
-`load_image_dataset` finds the images (registry name, local directory or Hub id) and gives them two columns, `image`
-and `label`, on disk or as a stream; views.py makes batches of them. Only this file imports datasets.
+`load_image_dataset` finds the images (registry name, local directory or Hub id) and returns them with two columns,
+`image` and `label`, on disk or as a stream. Only this file imports the datasets library.
+
+Not here: decoding the images (decoding.py) and making batches (views.py).
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Names that mean "the held-out part", best first, where nobody said which split to evaluate on.
+# Splits to evaluate on if eval_split is unset, best first.
 EVAL_SPLITS = ("validation", "val", "valid", "dev", "test")
-# Labels without class names are recognised by their column's name.
+# Names of label columns whose type is not ClassLabel.
 LABEL_COLUMNS = ("label", "labels", "cls", "json.label", "json.cls")
 
-# The splits a source has, each loaded when it is asked for.
+# The splits of a source, each with the function that loads it.
 Splits = Mapping[str, Callable[[], datasets.Dataset]]
 
 
@@ -53,59 +55,61 @@ def load_image_dataset(
     max_eval_samples: int | None = None,
     seed: int = 0,
 ) -> dict[str, datasets.Dataset | StreamedImages]:
-    """Loads a labelled image set as `{"train", "eval"}`, each with the columns `image` and `label`.
+    """Load a labelled image dataset as `{"train", "eval"}`, each with the columns `image` and `label`.
 
-    A directory may hold parquet files or webdataset-style tar shards, whose names or folders say their split, or one
-    folder per split holding one folder of images per class. Image files are read where they are; parquet files and
-    tars go through datasets' cache.
+    A directory may contain parquet files or webdataset-style tar shards, whose names or folders name their split, or
+    one folder per split with one folder of images per class. Image files are read in place; parquet files and tar
+    shards go through the cache of the datasets library.
 
     Args:
-        name: a name of [`REGISTRY`], a local directory, or a Hub id.
-        data_dir: where the registered set lies, in its official layout or as any directory does.
-        category_level: what an iNaturalist class is, "kingdom" to "name" (the species; default).
-        splits: what to load; `("eval",)` for a set that is only for evaluation.
-        streaming: read the training images of parquet files, on the Hub or on disk, while training, without
-            downloading or converting the set; the evaluation images are downloaded once, as they are met in every
-            epoch. Image folders are read where they are in any case.
-        image_column, label_column: needed only where the set has several columns of that kind.
-        train_split, eval_split: several with "+" between them. Default to the registry's, else to "train" and to the
-            first of validation, val, valid, dev, test that exists.
-        max_train_samples, max_eval_samples: keep a random subset of that many images, the same for the same seed; of
-            a stream the first.
-        seed: of the subsets.
+        name: a name in [`REGISTRY`], a local directory, or a Hub id.
+        data_dir: directory of a registered dataset, in its official layout or in one of the above.
+        category_level: level of iNaturalist's classes, "kingdom" to "name" (the species; default).
+        splits: the parts to load; `("eval",)` for a dataset that is only for evaluation.
+        streaming: read the training images from parquet files, on the Hub or on disk, while training, without
+            downloading or converting them first. Evaluation images are downloaded once, because every epoch needs
+            them. Image folders are always read in place.
+        image_column, label_column: needed only if the dataset has several columns of that kind.
+        train_split, eval_split: splits, joined with "+". The defaults are the registry's, else "train" and the first
+            of validation, val, valid, dev, test that exists.
+        max_train_samples, max_eval_samples: size of a random subset, the same for the same seed; for a stream the
+            first images instead.
+        seed: seed of the subsets.
 
     Returns:
-        `image` is undecoded (`{"bytes", "path"}`); `label` is a `ClassLabel` with the class names, the same in both
-        splits; for imagenet-real it is a list of them, which may be empty. Labels that are numbers keep their order.
+        `image` is not decoded (`{"bytes", "path"}`). `label` is a `ClassLabel` with the class names, the same in both
+        splits; for imagenet-real a list of class labels, which may be empty. Labels that are numbers keep their order.
         A stream is a [`StreamedImages`].
 
     Raises:
-        ValueError: nothing found under that name, no images in the directory, a split or column that isn't there.
+        ValueError: if nothing is found under the name, the directory has no images, or a split or column is missing.
     """
     entry = REGISTRY.get(name)
     if not splits or not set(splits) <= {"train", "eval"}:
-        raise UserError(f"splits is {splits!r}; expected 'train', 'eval' or both (train_split names the data's own)")
+        raise UserError(
+            f"splits is {splits!r}; expected 'train', 'eval' or both (set train_split for the dataset's own names)"
+        )
     if "train" in splits and entry is not None and entry.train_split is None:
         raise UserError(
-            f"{name!r} is only for evaluation, it has no training images: train on {entry.classes_of!r}, or load it "
-            "with splits=('eval',)"
+            f"{name!r} is only for evaluation, it has no training images: train on {entry.classes_of!r}, or load the "
+            "dataset with splits=('eval',)"
         )
     limits = {"train": max_train_samples, "eval": max_eval_samples}
     for part, limit in limits.items():
         if limit is not None and limit < 1:
-            raise UserError(f"max_{part}_samples is {limit}; use a positive number, or leave it out for all images")
+            raise UserError(f"max_{part}_samples is {limit}; use a positive number, or leave it unset for all images")
 
     available, files = _find(name, data_dir, category_level, entry, streaming)
-    asked = {"train": train_split, "eval": eval_split}
-    used = {part: asked[part] or split for part, split in _default_splits(available, entry, eval_split).items()}
+    requested = {"train": train_split, "eval": eval_split}
+    used = {part: requested[part] or split for part, split in _default_splits(available, entry, eval_split).items()}
     columns = (image_column, label_column)
     load = partial(_load_split, available, name=name, columns=columns, entry=entry)
     chosen = {part: load(used[part], f"{part}_split") for part in splits if files is None or part == "eval"}
 
     values = None
     if any(isinstance(rows.features["label"], datasets.Value) for rows in chosen.values()):
-        # Which classes there are is for the training images to say, also where only the others are loaded; of a
-        # stream, which cannot be asked, the evaluation images say it.
+        # The training images define the classes, even if only the evaluation images are loaded. A stream cannot be
+        # searched for its classes; then the evaluation images define them.
         has_train = files is None and "train" in used and _named_like(used["train"], available) is not None
         reference = chosen.get("train") or (load(used["train"], "train_split") if has_train else chosen["eval"])
         values, class_names = _values_of_classes(reference, entry, name)
@@ -119,9 +123,9 @@ def load_image_dataset(
     if len({tuple(_class_names(rows)) for rows in chosen.values()}) > 1:
         raise UserError(
             f"{name!r}: the classes of {used['train']} ({len(_class_names(chosen['train']))}) and {used['eval']} "
-            f"({len(_class_names(chosen['eval']))}) differ; both need the same"
+            f"({len(_class_names(chosen['eval']))}) differ; both splits need the same classes"
         )
-    _warn_of_sizes(name, entry, {part: len(rows) for part, rows in chosen.items() if asked[part] is None})
+    _warn_of_sizes(name, entry, {part: len(rows) for part, rows in chosen.items() if requested[part] is None})
 
     for part, rows in chosen.items():
         if limits[part] is not None and limits[part] < len(rows):
@@ -139,17 +143,20 @@ def load_image_dataset(
 def _find(
     name: str, data_dir: str | None, category_level: str | None, entry: RegisteredDataset | None, streaming: bool
 ) -> tuple[Splits, dict[str, list[str]] | None]:
-    """The splits; with `streaming`, the files of each too, unless images are files of their own."""
+    """Return the splits and, with `streaming`, the parquet files of each split; None if nothing is streamed."""
     if category_level is not None and not name.startswith("inat"):
-        raise UserError(f"category_level is for inat18 and inat19; {name!r} has one level of classes")
+        raise UserError(
+            f"category_level is only for inat18 and inat19; leave it unset for {name!r}, which has one level of "
+            "classes"
+        )
     if data_dir is not None and entry is None:
         raise UserError(
-            f"data_dir says where a registered set lies ({', '.join(REGISTRY)}); of any other set the name is the "
-            f"directory itself, here {name!r}"
+            f"data_dir is the directory of a registered dataset ({', '.join(REGISTRY)}), and {name!r} is none of "
+            "them; leave data_dir unset and give the directory as dataset_name"
         )
     if entry is not None and not entry.layout.markers:
         if data_dir is not None:
-            raise UserError(f"{name!r} is {entry.layout.description} and needs no data_dir: leave it out")
+            raise UserError(f"{name!r} is {entry.layout.description} and needs no data_dir: leave data_dir unset")
         return _from_layout(entry, None, None), None
     directory = Path(data_dir or name).expanduser()
     if directory.is_dir():
@@ -158,18 +165,19 @@ def _find(
             return _from_layout(entry, root, category_level), None
         if category_level is not None:
             raise UserError(
-                f"category_level needs the official files in {str(directory)!r}: {entry.layout.description}"
+                f"category_level needs the official files, which are not in {str(directory)!r}; expected "
+                f"{entry.layout.description}"
             )
         return _find_in_directory(directory, entry, streaming)
     if data_dir is not None:
-        raise UserError(f"data_dir {data_dir!r} is no directory")
+        raise UserError(f"data_dir is {data_dir!r}, which is not a directory; check the path")
     if not streaming:
         rows = _from_hub(datasets.load_dataset, name, entry)
         return {split: partial(rows.__getitem__, split) for split in rows}, None
     files = _from_hub(datasets.load_dataset_builder, name, entry).config.data_files or {}
     if not files or not all(str(path).endswith(".parquet") for paths in files.values() for path in paths):
         raise UserError(
-            f"{name!r} is not stored in parquet files on the Hub, and only these are streamed; use streaming: false"
+            f"{name!r} is not stored as parquet files on the Hub, and only parquet is streamed; use streaming: false"
         )
     files = {str(split): [str(path) for path in paths] for split, paths in files.items()}
     return _splits_of_shards("parquet", files), files
@@ -183,7 +191,7 @@ def _stream(
     eval_values: Sequence | None,
     name: str,
 ) -> StreamedImages:
-    """The images of the files. Where their labels have no names, classes are those of the evaluation images."""
+    """Stream the images of `files`. If their labels have no names, the evaluation images define the classes."""
     features = datasets.Features.from_arrow_schema(read_schema(files[0]))
     no_rows = datasets.Dataset.from_dict({column: [] for column in features}, features)
     image_column, label_column = _choose_columns(no_rows, columns, entry, name)
@@ -191,8 +199,8 @@ def _stream(
     if not isinstance(label, datasets.ClassLabel):
         if eval_label is None:
             raise UserError(
-                f"{name!r}: the labels of the streamed files have no names, and without the evaluation images it is "
-                "not known which classes there are; load both splits, or use streaming: false"
+                f"{name!r}: the labels of the streamed files have no names, so the classes must come from the "
+                "evaluation images; load both splits, or use streaming: false"
             )
         label, classes = eval_label, {value: index for index, value in enumerate(eval_values or eval_label.names)}
     return StreamedImages(
@@ -213,19 +221,19 @@ def _from_hub(load: Callable[[str], T], name: str, entry: RegisteredDataset | No
         local = f"Give data_dir, a directory with {entry.layout.description}"
     if hub_id is None:
         raise UserError(
-            f"dataset {name!r} is read from a directory only, no copy on the Hub is known to be whole. {local}; it is "
-            f"at {entry.page} (licence: {entry.licence})"
+            f"dataset {name!r} can only be read from a directory, because no complete copy on the Hub is known. "
+            f"{local}; the dataset is at {entry.page} (licence: {entry.licence})"
         )
     try:
         return load(hub_id)
-    except Exception as error:  # datasets, huggingface_hub and fsspec each raise their own for "not there"
+    except Exception as error:  # datasets, huggingface_hub and fsspec each raise their own type for "not found"
         reason = (str(error).splitlines() or [""])[0]
         page = f"https://huggingface.co/datasets/{hub_id}"
         fix = "check the name and the network"
         if gated or "gated" in str(error).lower():
             fix = f"accept the terms at {page} and run `hf auth login`"
         raise UserError(
-            f"dataset {name!r} could not be loaded: it is no local directory, and the Hub said "
+            f"dataset {name!r} could not be loaded: it is no local directory, and the Hub replied with "
             f"{type(error).__name__}: {reason}. {local}, or {fix}"
         ) from error
 
@@ -241,7 +249,7 @@ def _from_layout(entry: RegisteredDataset, root: Path | None, category_level: st
 def _find_in_directory(
     directory: Path, entry: RegisteredDataset | None, streaming: bool
 ) -> tuple[Splits, dict[str, list[str]] | None]:
-    # The cheap looks come first: below a directory may lie a million images.
+    # The cheap searches come first: a directory may contain a million images.
     files = find_shards(directory, ".parquet")
     if not files and (folders := find_image_folders(directory)):
         train = folders.get("train")
@@ -254,8 +262,8 @@ def _find_in_directory(
     if files := find_shards(directory, ".tar", everywhere=True):
         if streaming:
             raise UserError(
-                f"{str(directory)!r} holds tar shards, which can only be read from their start: only parquet files "
-                "are streamed. With streaming: false they are copied once into datasets' cache"
+                f"{str(directory)!r} holds tar shards, and only parquet files are streamed. Use streaming: false, "
+                "which copies the shards once into the cache of the datasets library"
             )
         return _splits_of_shards("webdataset", files), None
     official = f", or the official layout: {entry.layout.description}" if entry is not None else ""
@@ -273,7 +281,7 @@ def _splits_of_shards(kind: str, files: Mapping[str, list[str]]) -> Splits:
 
 
 def _warn_of_missing_shards(paths: Sequence[str]) -> None:
-    """Of files whose names count them, such as train-00003-of-00006.parquet."""
+    """Warn if files are missing among numbered ones, such as train-00003-of-00006.parquet."""
     counted: dict[tuple[str, str, str], set[int]] = {}
     for path in paths:
         if match := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(.*)", path):
@@ -283,19 +291,19 @@ def _warn_of_missing_shards(paths: Sequence[str]) -> None:
         if len(numbers) < int(total):
             first = next(number for number in itertools.count() if number not in numbers)
             logger.warning(
-                "%d of %d files are missing, such as %r: their images are left out",
+                "%d of %d shard files are missing, such as %r: training and evaluation go without their images",
                 *(int(total) - len(numbers), int(total), f"{before}{first:0{len(total)}}-of-{total}{after}"),
             )
 
 
 def _from_shards(kind: str, split: str, paths: list[str]) -> datasets.Dataset:
-    # Each split by itself: together, the class names of the first would be given to the others unseen.
+    # Load each split separately: loaded together, all splits would silently take the class names of the first.
     try:
         rows = datasets.load_dataset(kind, data_files={split: paths}, split=split)
-    except Exception as error:  # datasets, pyarrow and JSON each have their own for damaged files and features
+    except Exception as error:  # datasets, pyarrow and JSON each raise their own type for damaged files
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{paths[0]!r} and its like cannot be read: {reason}") from error
-    if "json" in rows.column_names and "cls" not in rows.column_names:  # a tar whose labels are in its json files
+        raise UserError(f"{paths[0]!r} or another shard of the split {split!r} cannot be read: {reason}") from error
+    if "json" in rows.column_names and "cls" not in rows.column_names:  # a tar shard with the labels in json files
         keys = rows.select_columns(["json"]).flatten()
         rows = datasets.concatenate_datasets([rows.remove_columns("json"), keys], axis=1)
     return rows
@@ -316,16 +324,16 @@ def _from_lists(
     return datasets.Dataset.from_dict({"image": image, "label": found.labels}, features, split=split)
 
 
-# --- which of them -----------------------------------------------------------------------------------------------
+# --- splits and columns ------------------------------------------------------------------------------------------
 
 
 def _default_splits(available: Splits, entry: RegisteredDataset | None, eval_split: str | None) -> dict[str, str]:
-    """The registry's splits where the source has them all, else the usual ones."""
+    """Return the registry's splits if the source has all of them, else the usual splits."""
     if entry is not None:
         wanted = {"train": entry.train_split, "eval": entry.eval_split}
         wanted = {part: split for part, split in wanted.items() if split is not None}
         if all(_named_like(split, available) for split in wanted.values()):
-            if eval_split is not None and "train" in wanted:  # what is held out is not trained on
+            if eval_split is not None and "train" in wanted:  # do not train on the evaluation images
                 held_out = _named_like(eval_split, available) or []
                 kept = [s for s in wanted["train"].split("+") if _named_like(s, available)[0] not in held_out]
                 wanted["train"] = "+".join(kept) or "train"
@@ -334,7 +342,7 @@ def _default_splits(available: Splits, entry: RegisteredDataset | None, eval_spl
 
 
 def _named_like(split: str, available: Splits) -> list[str] | None:
-    """The source's own names of "a+b"; validation may be called val there. None if one is missing."""
+    """Return the source's own names of "a+b", where validation may be called val; None if one is missing."""
     validation = EVAL_SPLITS[:-1]
     names = []
     for part in split.split("+"):
@@ -364,7 +372,7 @@ def _load_split(
     ]
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if len(rows) == 0:
-        raise UserError(f"{name!r}: the split {split!r} holds no images; check the path")
+        raise UserError(f"{name!r}: the split {split!r} holds no images; check the path and {option}")
     return rows
 
 
@@ -381,14 +389,14 @@ def _choose_column(
     candidates = [name for name, feature in rows.features.items() if fits(name, feature)]
     if len(candidates) != 1:
         found = f"{len(candidates)} of them could be" if candidates else "none of them is recognised as"
-        raise UserError(f"{listing}, {found} the {kind} column: name it with {kind}_column")
+        raise UserError(f"{listing}, {found} the {kind} column: set {kind}_column to one of them")
     return candidates[0]
 
 
 def _choose_columns(
     rows: datasets.Dataset, columns: tuple[str | None, str | None], entry: RegisteredDataset | None, name: str
 ) -> tuple[str, str]:
-    """The columns of the images and of the labels."""
+    """Return the names of the image column and the label column."""
     image_column = _choose_column(
         rows,
         columns[0],
@@ -428,7 +436,9 @@ def _warn_of_sizes(name: str, entry: RegisteredDataset | None, counts: dict[str,
         if count not in (expected[part], released.get(part))
     ]
     if odd:
-        logger.warning("%s: %s; the copy is not the whole set, or more than it", name, " and ".join(odd))
+        logger.warning(
+            "%s: %s; this copy of the dataset is incomplete, or holds extra images", name, " and ".join(odd)
+        )
 
 
 # --- classes -----------------------------------------------------------------------------------------------------
@@ -442,14 +452,16 @@ def _class_names(rows: datasets.Dataset) -> list[str]:
 def _values_of_classes(
     rows: datasets.Dataset, entry: RegisteredDataset | None, name: str
 ) -> tuple[list, Sequence[str]]:
-    """Of a column of plain numbers or words: the values in the order of the classes, and the classes' names."""
+    """Return the values of a column of plain numbers or words, in the order of the classes, and the class names."""
     if not isinstance(rows.features["label"], datasets.Value):
         return _class_names(rows), _class_names(rows)
     values = rows.unique("label")
     if None in values:
-        raise UserError(f"{name!r} has images without a label in {rows.split}; leave them out")
+        raise UserError(
+            f"{name!r} has images without a label in the split {rows.split}; remove these images from the dataset"
+        )
     if all(isinstance(value, int) for value in values):
-        if entry is not None and 0 <= min(values) and max(values) < entry.num_classes:
+        if entry is not None and min(values) >= 0 and max(values) < entry.num_classes:
             return list(range(entry.num_classes)), entry.class_names or list(map(str, range(entry.num_classes)))
         values = sorted(values)
     elif all(isinstance(value, str) for value in values):
@@ -468,7 +480,7 @@ def _with_class_names(
         return rows
     column = rows.with_format("arrow")["label"][:]
     if pa.types.is_integer(column.type):
-        column = column.cast(pa.int64())  # all classes may not fit the type that holds those seen
+        column = column.cast(pa.int64())  # the stored type may be too small for all classes
     labels = pc.index_in(column, pa.array(values, column.type))
     if labels.null_count:
         unknown = pc.unique(column.filter(pc.is_null(labels))).to_pylist()

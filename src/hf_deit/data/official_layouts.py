@@ -1,9 +1,11 @@
-"""How image sets lie on disk: official layouts and folders of classes, read into plain lists.
+"""The official directory layouts of the registered datasets, read into plain lists.
 
-A reader lists files and labels; it opens no image and knows no library of data sets (data.py makes data sets of the
-lists). Names that begin with a dot are never images, folders or classes. Nothing is unpickled.
+A reader lists files and labels; it opens no image file and unpickles nothing. Names that begin with a dot are never
+images, folders or classes.
 
-Source: the data sets' own descriptions; for iNaturalist's classes `datasets.py` of github.com/facebookresearch/deit.
+Not here: plain folders of classes (folders.py), and datasets made of the lists (loading.py).
+
+Source: the datasets' own descriptions; for iNaturalist's classes `datasets.py` of github.com/facebookresearch/deit.
 """
 
 from __future__ import annotations
@@ -18,27 +20,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..errors import UserError
-from .folders import LocalImages, _image_paths, _visible, sort_classes
+from .folders import LocalImages, image_paths, sort_classes, visible_entries
 
 
-# From coarse to fine; 2019 has no supercategory.
+# From coarse to fine; iNaturalist 2019 has no supercategory.
 CATEGORY_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The official directory of one data set.
+    """The official directory layout of one dataset.
 
     Attributes:
         description: the layout in a few words, for messages.
-        splits: the official ones.
-        markers: a path inside the directory that tells the layout, any of them; none needs no directory at all.
-        read: `(root, split)` to the split; iNaturalist's takes `category_level` as well.
+        splits: names of the official splits.
+        markers: paths inside the directory, any of which identifies the layout; empty if no directory is needed.
+        read: function of `(root, split)` that reads a split; iNaturalist's also takes `category_level`.
     """
 
     description: str
@@ -47,22 +50,19 @@ class Layout:
     read: Callable[..., LocalImages]
 
     def find(self, directory: Path) -> Path | None:
-        """The folder that holds the markers: `directory` or one just below it (as archives unpack), or None."""
-        below = (Path(entry.path) for entry in _visible(directory) if entry.is_dir())
+        """Find the folder with a marker: `directory` or one just below it (as archives unpack), else None."""
+        below = (Path(entry.path) for entry in visible_entries(directory) if entry.is_dir())
         for folder in (directory, *below):
             if any((folder / marker).exists() for marker in self.markers):
                 return folder
         return None
 
 
-# --- folders of classes ----------------------------------------------------------------------------------------------
-
-
 # --- ImageNet ----------------------------------------------------------------------------------------------------
 
 
 def _read_imagenet(root: Path, split: str) -> LocalImages:
-    """Classes are WordNet ids, sorted: the order of every ImageNet-1k checkpoint."""
+    """Read ImageNet; the classes are the sorted WordNet ids, which is the order of every ImageNet-1k checkpoint."""
     devkit = root / "ILSVRC2012_devkit_t12" / "data"
     mapping = root / "LOC_synset_mapping.txt"
     if (root / "LOC_val_solution.csv").exists():
@@ -77,36 +77,38 @@ def _read_imagenet(root: Path, split: str) -> LocalImages:
         truth = {f"ILSVRC2012_val_{i:08d}": wnids[int(number)] for i, number in enumerate(numbers, 1)}
         names = sorted(wnids.values())
     number = {name: i for i, name in enumerate(names)}
-    paths = _image_paths(_existing(_imagenet_images(root) / ("train" if split == "train" else "val")))
+    paths = image_paths(_existing(_imagenet_images(root) / ("train" if split == "train" else "val")))
     labels = []
     for path in paths:
         folder, file = os.path.split(path)
         wnid = os.path.basename(folder)
         wnid = wnid if wnid in number else truth.get(os.path.splitext(file)[0])
         if wnid not in number:
-            raise UserError(f"{path!r}: neither its folder nor the list of labels says what it shows")
+            raise UserError(
+                f"{path!r} has no label: neither its folder nor the official list of labels names its class"
+            )
         labels.append(number[wnid])
     return LocalImages(paths, labels, names)
 
 
 def _read_imagenet_v2(root: Path, split: str) -> LocalImages:
-    """Folder i holds class i of ImageNet-1k; the files know neither WordNet ids nor names."""
-    folders = sort_classes(entry.name for entry in _visible(root) if entry.is_dir() and entry.name.isdecimal())
-    paths = {name: _image_paths(root / name) for name in folders}
+    """Read ImageNet-V2; folder i is class i of ImageNet-1k, and the files contain no WordNet ids or names."""
+    folders = sort_classes(entry.name for entry in visible_entries(root) if entry.is_dir() and entry.name.isdecimal())
+    paths = {name: image_paths(root / name) for name in folders}
     labels = [int(name) for name in folders for _ in paths[name]]
     return LocalImages([path for name in folders for path in paths[name]], labels, None)
 
 
 def _read_imagenet_real(root: Path, split: str) -> LocalImages:
-    """ImageNet's validation images by number, with the reassessed labels; 3,163 of the 50,000 have none."""
+    """Read ImageNet's validation images, by number, with the ReaL labels; 3,163 of the 50,000 images have no label."""
     labels = json.loads((root / "real.json").read_text())
     folder = _imagenet_images(root)
     folder = folder / "val" if (folder / "val").is_dir() else folder
-    paths = sorted((path for path in _image_paths(folder) if "_val_" in os.path.basename(path)), key=_imagenet_number)
+    paths = sorted((path for path in image_paths(folder) if "_val_" in os.path.basename(path)), key=_imagenet_number)
     if not paths or _imagenet_number(paths[-1]) > len(labels):
         raise UserError(
-            f"{str(folder)!r} holds {len(paths)} images named ILSVRC2012_val_<number>.JPEG, real.json {len(labels)} "
-            "lists of labels; expected ImageNet's validation images, one list each"
+            f"{str(folder)!r} holds {len(paths)} images named ILSVRC2012_val_<number>.JPEG and real.json holds "
+            f"{len(labels)} lists of labels; expected ImageNet's validation images and one list for each of them"
         )
     return LocalImages(paths, [labels[_imagenet_number(path) - 1] for path in paths], None)
 
@@ -117,11 +119,11 @@ def _imagenet_images(root: Path) -> Path:
 
 
 def _imagenet_number(path: str) -> int:
-    """12 of .../ILSVRC2012_val_00000012.JPEG, which may carry its class behind (..._n01440764.JPEG)."""
-    return int(re.search(r"_val_(\d+)", os.path.basename(path))[1])
+    """Return 12 for .../ILSVRC2012_val_00000012.JPEG; a class may follow the number (..._n01440764.JPEG)."""
+    return int(re.findall(r"_val_(\d+)", os.path.basename(path))[0])
 
 
-# --- the transfer sets -------------------------------------------------------------------------------------------
+# --- the transfer datasets ---------------------------------------------------------------------------------------
 
 
 def _read_flowers102(root: Path, split: str) -> LocalImages:
@@ -142,14 +144,14 @@ def _read_cars(root: Path, split: str) -> LocalImages:
 
 
 def _read_inaturalist(year: int, root: Path, split: str, category_level: str = "name") -> LocalImages:
-    """Classes count up in the order in which the training annotations mention them, as in the authors' code."""
+    """Read iNaturalist; the classes are in the order of the training annotations, as in the authors' code."""
     train, held_out = (_existing(root / f"{part}{year}.json") for part in ("train", "val"))
     categories = {entry["id"]: entry for entry in json.loads(_existing(root / "categories.json").read_text())}
     known = [level for level in CATEGORY_LEVELS if all(level in entry for entry in categories.values())]
     if category_level not in known:
         raise UserError(
             f"category_level is {category_level!r}; categories.json of {year} has {', '.join(known)}"
-            + ("" if category_level in CATEGORY_LEVELS else f" (of {', '.join(CATEGORY_LEVELS)})")
+            + ("" if category_level in CATEGORY_LEVELS else f" (all levels: {', '.join(CATEGORY_LEVELS)})")
         )
     listing = json.loads(train.read_text())
     names = list(dict.fromkeys(categories[row["category_id"]][category_level] for row in listing["annotations"]))
@@ -158,7 +160,7 @@ def _read_inaturalist(year: int, root: Path, split: str, category_level: str = "
     number = {name: i for i, name in enumerate(names)}
     of_image = {row["image_id"]: row["category_id"] for row in listing["annotations"]}
     files = [row["file_name"] for row in listing["images"]]
-    if files and not (root / files[0]).exists():  # the authors keep <category>/ without <super category>/ above it
+    if files and not (root / files[0]).exists():  # the authors' copy has <category>/ without <super category>/ above
         files = [re.sub(r"^([^/]+)/[^/]+/", r"\1/", file) for file in files]
     paths = [os.path.join(os.path.abspath(root), file) for file in files]
     labels = [number[categories[of_image[row["id"]]][category_level]] for row in listing["images"]]
@@ -168,20 +170,23 @@ def _read_inaturalist(year: int, root: Path, split: str, category_level: str = "
 def _read_cifar(classes: int, root: Path, split: str) -> LocalImages:
     if (root / "batches.meta").exists() or (root / "meta").exists():
         raise UserError(
-            f"{str(root)!r} is CIFAR's Python version, a pickle, which could run foreign code and is never opened; "
+            f"{str(root)!r} holds CIFAR's Python version, a pickle, which could run foreign code and is never opened; "
             f"get the binary version, cifar-{classes}-binary.tar.gz, from https://www.cs.toronto.edu/~kriz/cifar.html"
         )
     if classes == 10:
         files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     else:
         files = [f"{split}.bin"]
-    label_bytes = 1 if classes == 10 else 2  # CIFAR-100 has the coarse label first
+    label_bytes = 1 if classes == 10 else 2  # CIFAR-100 stores the coarse label first
     images, labels = [], []
     for file in files:
         file = _existing(root / file)
         content = np.fromfile(file, np.uint8)
         if len(content) % (label_bytes + 3072):
-            raise UserError(f"{str(file)!r} has {len(content)} bytes, no multiple of {label_bytes + 3072}: truncated")
+            raise UserError(
+                f"{str(file)!r} has {len(content)} bytes, no multiple of {label_bytes + 3072}: the file is truncated; "
+                "download it again"
+            )
         rows = content.reshape(-1, label_bytes + 3072)
         labels += rows[:, label_bytes - 1].tolist()
         pixels = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -202,16 +207,16 @@ def _read_idx(root: Path, name: str) -> np.ndarray:
     dimensions = content[3] if content[:3] == b"\0\0\x08" else 0  # two zeros, the type (8: uint8), the dimensions
     shape = np.frombuffer(content, ">i4", dimensions, offset=4) if dimensions else ()
     if not dimensions or len(content) != 4 + 4 * dimensions + np.prod(shape):
-        raise UserError(f"{str(file)!r} is no whole idx file of bytes")
+        raise UserError(f"{str(file)!r} is not a complete idx file of bytes; download it again")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
 
 def _read_digits(root: Path | None, split: str) -> LocalImages:
-    """scikit-learn's 1,797 digits, 8x8 grey, one fifth of each class held out; the split is ours."""
+    """Read scikit-learn's 1,797 digits, 8x8 grey. There is no official split; one fifth of each class is held out."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    digits: Any = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     train, held_out = train_test_split(np.arange(len(pixels)), test_size=0.2, stratify=digits.target, random_state=0)
     rows = train if split == "train" else held_out
@@ -219,7 +224,7 @@ def _read_digits(root: Path | None, split: str) -> LocalImages:
 
 
 def _encode(pixels: np.ndarray) -> bytes:
-    """As BMP: lossless, and several times faster than PNG to write and to read."""
+    """Encode as BMP: lossless, and several times faster than PNG to write and to read."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "BMP")
     return buffer.getvalue()
@@ -235,25 +240,25 @@ def _existing(*candidates: Path) -> Path:
     for path in candidates:
         if path.exists():
             return path
-    raise UserError(f"{' or '.join(repr(str(path)) for path in candidates)} is missing; the set is not complete")
+    raise UserError(f"{' or '.join(repr(str(path)) for path in candidates)} is missing; the dataset is incomplete")
 
 
 def _check_first(paths: list[str]) -> list[str]:
-    if paths:  # one look, not one for each of half a million
+    if paths:  # check one file instead of half a million
         _existing(Path(paths[0]))
     return paths
 
 
 IMAGENET = Layout(
-    "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or a flat val/ with LOC_val_solution.csv or ILSVRC2012_devkit_t12/ "
-    "beside it, or Kaggle's ILSVRC/Data/CLS-LOC/",
+    "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or a flat val/ next to LOC_val_solution.csv or "
+    "ILSVRC2012_devkit_t12/, or Kaggle's ILSVRC/Data/CLS-LOC/",
     ("train", "validation"),
     ("LOC_val_solution.csv", "ILSVRC2012_devkit_t12"),
     _read_imagenet,
 )
 IMAGENET_V2 = Layout("the folders 0 to 999 of imagenetv2-matched-frequency", ("test",), ("0",), _read_imagenet_v2)
 IMAGENET_REAL = Layout(
-    "real.json beside ImageNet's val/ (flat or with class folders)",
+    "real.json next to ImageNet's val/ (flat or with class folders)",
     ("validation",),
     ("real.json",),
     _read_imagenet_real,

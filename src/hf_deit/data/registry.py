@@ -1,6 +1,8 @@
-"""What is known of the data sets of the paper and a few more: facts, nothing is loaded here.
+"""Facts about the datasets of the paper and a few more.
 
-Sizes and classes are Table 6 of the paper (arXiv 2012.12877) where it lists the set, else the set's own page.
+Not here: loading the images (loading.py).
+
+Source: sizes and numbers of classes are those of Table 6 of the paper (arXiv 2012.12877), else of the dataset's page.
 """
 
 from __future__ import annotations
@@ -13,24 +15,24 @@ from . import official_layouts
 
 @dataclass(frozen=True, kw_only=True)
 class RegisteredDataset:
-    """The facts of one data set.
+    """The facts of one dataset.
 
     Attributes:
-        num_classes: at the finest level.
-        train_size: number of training images; None for a set that is only for evaluation.
-        eval_size: number of images to evaluate on.
-        released_sizes: of the files that are handed out, where they are known to differ from Table 6.
-        train_split: official splits to train on, with "+" between them; None for an evaluation set.
+        num_classes: number of classes at the finest level.
+        train_size: number of training images; None for a dataset that is only for evaluation.
+        eval_size: number of evaluation images.
+        released_sizes: training and evaluation images of the released files, if they are known to differ from Table 6.
+        train_split: official splits to train on, joined with "+"; None for a dataset that is only for evaluation.
         eval_split: official split to evaluate on.
-        page: where the set comes from, or where its terms are accepted.
-        layout: its official directory.
-        hub_id: repository on the Hub; None where none is known to be whole and correct.
-        image_column, label_column: of the repository on the Hub.
-        gated: the Hub asks to accept terms first.
-        licence: what its makers say, in a few words.
-        class_names: where the official files don't hold them; in the order of the labels.
-        classes_of: the registered set whose class i is class i here, where the names don't tell.
-        image_mean, image_std: per channel, of pixels in [0, 1]. The paper fine-tunes with ImageNet's everywhere.
+        page: web page of the dataset, or the page for accepting its terms.
+        layout: layout of the official directory.
+        hub_id: repository on the Hub; None if no repository is known to be complete and correct.
+        image_column, label_column: columns of the repository on the Hub.
+        gated: true if the Hub requires accepting terms first.
+        licence: the licence according to the authors of the dataset, in a few words.
+        class_names: names in the order of the labels, if the official files do not contain them.
+        classes_of: registered dataset whose class i is class i here, if the class names do not show it.
+        image_mean, image_std: per channel, for pixels in [0, 1]. The paper fine-tunes with ImageNet's everywhere.
     """
 
     num_classes: int
@@ -54,7 +56,7 @@ class RegisteredDataset:
 
 RESEARCH_ONLY = "non-commercial research and education"
 
-# www.robots.ox.ac.uk/~vgg/data/flowers/102/categories.html; imagelabels.mat counts them from 1
+# www.robots.ox.ac.uk/~vgg/data/flowers/102/categories.html; imagelabels.mat counts the classes from 1
 # fmt: off
 FLOWER_NAMES = (
     "pink primrose", "hard-leaved pocket orchid", "canterbury bells", "sweet pea", "english marigold", "tiger lily",
@@ -93,13 +95,13 @@ REGISTRY = {
         train_size=None,
         eval_size=10_000,
         train_split=None,
-        page="https://huggingface.co/datasets/vaishaal/ImageNetV2",  # archives of folders, no data set with columns
+        page="https://huggingface.co/datasets/vaishaal/ImageNetV2",  # archives of folders, not a dataset with columns
         layout=official_layouts.IMAGENET_V2,
         licence="as ImageNet's; images from Flickr",
         class_names=tuple(map(str, range(1000))),
         classes_of="imagenet-1k",
     ),
-    # arXiv 2006.07159: ImageNet's validation images with new labels, any number of them per image
+    # arXiv 2006.07159: ImageNet's validation images with new labels, any number per image
     "imagenet-real": RegisteredDataset(
         num_classes=1000,
         train_size=None,

@@ -1,17 +1,26 @@
 """The repeated order: each image of an epoch is seen `num_repeats` times, in differently augmented views.
 
-An epoch still counts as many views as the set has images, so it meets one image in `num_repeats` (the paper's 300
-epochs are "100 epochs, but each is 3x longer"). The repeats of an image stand next to each other: the loader decodes
-it once, and the global batch holds what the authors' sampler, which spreads the repeats over the ranks, would have put
-there.
+An epoch has as many views as the dataset has images, so it shows one image in `num_repeats` (the paper's 300 epochs
+are "100 epochs, but each is 3x longer"). The repeats of an image are neighbours in the order, so that the loader
+decodes the image once. The global batch has the same images as with the authors' sampler, which spreads the repeats
+over the ranks.
 
-The order knows nothing of ranks or workers. accelerate deals out whole batches of it, so a view's place in the epoch,
-and with it every random number of its augmentation, is the same on 1 and on 64 GPUs.
+The order does not depend on ranks or workers. accelerate deals out whole batches of the order, so the position of a
+view in the epoch, and with it every random number of its augmentation, is the same on 1 and on 64 GPUs.
 
-Images that are stored in blocks and read block by block (streaming.py) come in an order that keeps each reader to its
-own blocks. It is cut into lanes: a lane owns a fixed slice of the global batch in every eighth step, and fills it from
-blocks of its own. A rank always works at the same slices and a loader worker always at the same steps, so a lane is
-read by one worker of one rank, whatever their number, and no rank reads what another one shows.
+Images that are read one row group at a time (streaming.py; `block` in the code) come in an order in which each row
+group has few readers. The global batch is cut into slices, and the steps take turns; a slice at every `TURNS`-th step
+is a lane, which has row groups of its own. With 2 slices:
+
+                      slice 0   slice 1
+    step 0  (turn 0)  lane 0    lane 8
+    step 1  (turn 1)  lane 1    lane 9
+    ...
+    step 7  (turn 7)  lane 7    lane 15
+    step 8  (turn 0)  lane 0    lane 8
+
+If the number of ranks divides the slices and the number of loader workers divides the turns, each rank always loads
+the same slices and each worker the same turns; a lane is then read by one worker of one rank.
 
 Source: Touvron et al. 2021 (arXiv 2012.12877), section 6; facebookresearch/deit samplers.py (RASampler).
 """
@@ -26,18 +35,18 @@ import torch
 from ..errors import UserError
 
 
-# Lanes of a batch: a slice of the batch for each of 1, 2, 4, ... ranks, as long as it keeps this many views, ...
+# A batch has a slice for each of 1, 2, 4, ... ranks, as long as a slice has at least this many views.
 VIEWS_PER_SLICE = 64
-# ... and a turn for each of 1, 2, 4 or 8 loader workers.
+# Steps have a turn for each of 1, 2, 4 or 8 loader workers.
 TURNS = 8
 
 
 class View(int):
-    """The index of an image that also knows which view of the run it is for: any map-style set can be indexed with it.
+    """Index of an image, with the epoch and position of its view; it can index any map-style dataset.
 
     Attributes:
-        epoch: from 0.
-        position: place in the epoch's order, from 0; the same on every rank.
+        epoch: counted from 0.
+        position: position in the order of the epoch, from 0; the same on every rank.
     """
 
     epoch: int
@@ -54,19 +63,20 @@ class View(int):
 
 
 class RepeatedAugmentationSampler(torch.utils.data.Sampler):
-    """Yields a [`View`] for each place of an epoch.
+    """Yields a [`View`] for each position of an epoch.
 
     Args:
-        num_images: size of the set.
-        num_repeats: views of an image in a row; 3 in the paper, 1 is a plain shuffle.
-        seed: with the epoch, fixes the order.
-        batch_size: views of one optimiser step on all ranks together; the epoch ends with its last whole batch.
-        block_sizes: images in each stored block, where images are read by the block; None for random access.
-        shuffle_buffer_size: images of a blockwise read set that are mixed with each other, over all ranks. Smaller
-            takes less memory. 0 is the stored order, for any set.
+        num_images: number of images in the dataset.
+        num_repeats: consecutive views of an image; 3 in the paper, 1 is a plain shuffle.
+        seed: fixes the order together with the epoch.
+        batch_size: views of one optimiser step on all ranks together; the epoch ends with its last full batch.
+        block_sizes: images in each row group of a stream; None for random access.
+        shuffle_buffer_size: number of images of a stream that are shuffled with each other, over all ranks. A smaller
+            buffer takes less memory. 0 keeps the stored order, of any dataset.
 
     Raises:
-        ValueError: if the set is empty, `num_repeats` is not positive, or the blocks do not add up to the set.
+        ValueError: if the dataset is empty, `num_repeats` is not positive, or `block_sizes` does not sum to
+            `num_images`.
     """
 
     def __init__(
@@ -79,11 +89,13 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
         shuffle_buffer_size: int = 16_384,
     ):
         if num_images < 1:
-            raise UserError("the training set is empty; check the path, the split and max_train_samples")
+            raise UserError("the training dataset is empty; check the path, train_split and max_train_samples")
         if num_repeats < 1:
             raise UserError(f"num_repeats is {num_repeats}; use 3 as in the paper, or 1 for no repeated augmentation")
         if block_sizes is not None and sum(block_sizes) != num_images:
-            raise UserError(f"the blocks hold {sum(block_sizes)} images and the set {num_images}; both must agree")
+            raise UserError(
+                f"the row groups hold {sum(block_sizes)} images, but the dataset has {num_images}; both must agree"
+            )
         self.num_images = num_images
         self.num_views = num_images // batch_size * batch_size
         self.num_repeats = num_repeats
@@ -95,7 +107,7 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate at the start of each epoch."""
+        """Set the epoch of the next order; accelerate calls this at the start of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -115,10 +127,10 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
             return self._images_by_lane(rng)
         return order[np.arange(self.num_views) // self.num_repeats]
 
-    # Blockwise
+    # The order of a stream
 
     def readers_of_a_block(self, num_ranks: int, num_workers: int, accumulation_steps: int = 1) -> int:
-        """How many loader workers, of all ranks, read the same block; 1 is what the lanes are for."""
+        """Count the loader workers, over all ranks, that read the same row group; the lanes aim at 1."""
         num_workers, parts = max(1, num_workers), num_ranks * accumulation_steps
         steps = range(0, self.turns * num_workers, self.turns)
         return len(
@@ -130,7 +142,7 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
         )
 
     def _choose_lanes(self) -> tuple[int, int]:
-        """As many slices and turns as leave each lane a block of its own and all lanes together in the buffer."""
+        """Return the most slices and turns for which each lane has a row group and all lanes fit in the buffer."""
         if self.block_sizes is None or self.shuffle_buffer_size == 0:
             return 1, 1
         slices, turns = 1, TURNS
@@ -144,7 +156,7 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
         return slices, turns
 
     def _images_per_lane(self, slices: int, turns: int) -> np.ndarray:
-        """Lanes in the order slice-major, turn-minor; the last image of a lane may lack some of its repeats."""
+        """Count the images of each lane, slices outermost; the last image of a lane may lack some of its repeats."""
         num_steps = self.num_views // self.batch_size
         steps = (num_steps + turns - 1 - np.arange(turns)) // turns
         return np.tile(-(-steps * (self.batch_size // slices) // self.num_repeats), slices)
@@ -159,7 +171,8 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
         return self._shelf(images_per_lane, rng)[lane_starts[lane] + view_of_lane // self.num_repeats]
 
     def _shelf(self, images_per_lane: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The epoch's images, lane after lane: the blocks in random order, mixed inside windows of each lane."""
+        """List the epoch's images, lane after lane: row groups in random order, shuffled in windows of each lane."""
+        assert self.block_sizes is not None  # only a stream has lanes
         block_starts = np.cumsum(self.block_sizes) - self.block_sizes
         blocks = rng.permutation(len(self.block_sizes))
         sizes = self.block_sizes[blocks]

@@ -1,11 +1,11 @@
-"""Images in parquet files, on the Hub or on disk, read one row group at a time as they are asked for.
+"""Images in parquet files, on the Hub or on disk, read one row group at a time when they are needed.
 
-Nothing is downloaded or converted beforehand: of each file only the footer is read at the start, which says how many
-images each row group (a block) holds. So a stream has a length and any image of it can be asked for by index, which
-makes it as exact as a set on disk: the same order rule, the same views, and an interrupted run goes on at its place
-without reading what came before. (`datasets.IterableDataset` can only be read from a shard's start.)
+Nothing is downloaded or converted beforehand. At the start only the footer of each file is read, which lists the
+number of images in each row group (`block` in the code). A stream therefore has a length and access by index, and is
+as exact as a dataset on disk: the same rule of order, the same views, and an interrupted run resumes at its place
+without reading earlier images. (`datasets.IterableDataset` can only be read from the start of a shard.)
 
-What keeps this fast is the order the images are asked for in: see repeated_augmentation.py.
+The order of the images keeps streaming fast: see repeated_augmentation.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 import numpy as np
@@ -30,39 +30,42 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Seconds to wait before each further try: a server that is away for five minutes does not end a run of days.
+# Seconds to wait before each further try: five minutes without the server do not end a run of days.
 RETRY_WAITS = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)
 
 
 @dataclass
 class _Block:
-    """One row group in memory."""
+    """One row group in memory, and which of its rows have been requested."""
 
     bytes: pa.ChunkedArray
     paths: pa.ChunkedArray | None
     labels: list
-    asked_for: set[int] = field(default_factory=set)  # its rows
+    requested: set[int] = field(default_factory=set)  # row numbers
     last_use: int = 0
 
     @property
     def num_to_come(self) -> int:
-        return len(self.labels) - len(self.asked_for)
+        return len(self.labels) - len(self.requested)
 
 
 class StreamedImages:
     """The images of parquet files, indexed like a list: `{"image": {"bytes", "path"}, "label"}`, encoded.
 
-    A block stays in memory while its images are being asked for. Copies in loader workers each hold blocks of their
-    own; a block is then read by several workers unless the order avoids it, as [`RepeatedAugmentationSampler`] does.
+    A row group stays in memory while its images are being requested. Each loader worker has its own copy of the stream
+    and its own row groups; the order of [`RepeatedAugmentationSampler`] keeps several workers from reading the same
+    row group.
 
     Args:
         files: paths or URLs that fsspec opens (`hf://datasets/...`), all with the same columns.
-        features: of the two columns under their final names, "image" and "label".
-        image_column, label_column: their names in the files. Images are encoded bytes, or structs of bytes and path.
-        classes: class of each stored label, where that is not the class index itself.
+        features: features of the two columns under their final names, "image" and "label".
+        image_column, label_column: names of the columns in the files. Images are encoded bytes, or structs of bytes
+            and path.
+        classes: class index of each stored label; None if the stored label is the class index.
 
     Raises:
-        ValueError: a file that is missing, unreachable for five minutes, or no parquet file; a label not in `classes`.
+        ValueError: if a file is missing, unreachable for five minutes, or not a parquet file; on indexing, if a label
+            is not in `classes`.
     """
 
     def __init__(
@@ -93,11 +96,11 @@ class StreamedImages:
 
     @property
     def block_sizes(self) -> list[int]:
-        """Images in each block, in the order of the files."""
+        """Images in each row group, in the order of the files."""
         return [size for size in np.diff(self._ends, prepend=0).tolist() if size]
 
     def take(self, num_images: int) -> StreamedImages:
-        """The first `num_images` of them."""
+        """Return a stream of the first `num_images` images."""
         first = copy.copy(self)
         first._ends = np.minimum(self._ends, num_images)
         first._open_blocks = {}
@@ -107,7 +110,7 @@ class StreamedImages:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        """Several images at once; the blocks they need are read at the same time."""
+        """Return several images; the row groups that they need are read in parallel."""
         indices = [range(len(self))[index] for index in indices]
         numbers = np.searchsorted(self._ends, indices, side="right").tolist()
         self._num_reads += len(indices)
@@ -115,7 +118,7 @@ class StreamedImages:
         rows = []
         for index, number in zip(indices, numbers, strict=True):
             block, row = self._open_blocks[number], index - (int(self._ends[number - 1]) if number else 0)
-            block.asked_for.add(row)
+            block.requested.add(row)
             image = {"bytes": block.bytes[row].as_py(), "path": None}
             if block.paths is not None:
                 image["path"] = block.paths[row].as_py()
@@ -133,9 +136,9 @@ class StreamedImages:
             self._close_idle_blocks()
 
     def _close_idle_blocks(self) -> None:
-        """Forget what will hardly be asked for again: of an epoch that is over, or of a lane that has moved on.
+        """Drop row groups that will hardly be requested again, because the epoch or their lane has moved on.
 
-        A block all of whose images were asked for may still see one again, for the rest of its repeats.
+        A row group whose images were all requested may still be needed for the remaining repeats of its last image.
         """
         to_come = sum(block.num_to_come for block in self._open_blocks.values())
         for number, block in list(self._open_blocks.items()):
@@ -150,41 +153,41 @@ class StreamedImages:
             parquet = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
             return parquet.read_row_group(group, columns=[image_column, label_column], use_threads=False)
 
-        table = _read_patiently(self._files[file], read).flatten()  # a struct's fields become columns
+        table = _read_with_retries(self._files[file], read).flatten()  # a struct's fields become columns
         labels = table.column(label_column).to_pylist()
         if image_column in table.column_names:
             return _Block(table.column(image_column), None, labels)
         return _Block(table.column(f"{image_column}.bytes"), table.column(f"{image_column}.path"), labels)
 
-    def _class_index(self, label: int | str) -> int:
+    def _class_index(self, label: Any) -> int:
         if self._classes is None:
             return label
         if label not in self._classes:
             raise UserError(
-                f"a streamed image has the label {label!r}, which is none of the {len(self._classes)} classes known "
-                "(from the evaluation split): use files whose label column is a ClassLabel, or streaming: false"
+                f"a streamed image has the label {label!r}, which is none of the {len(self._classes)} classes of the "
+                "evaluation split: use files whose label column is a ClassLabel, or streaming: false"
             )
         return self._classes[label]
 
 
 def read_schema(file: str) -> pa.Schema:
-    """Of a parquet file's columns, with what datasets wrote into it of their features."""
+    """Read the schema of a parquet file, including the features that datasets stored in it."""
     return _read_footer(file).schema.to_arrow_schema()
 
 
 def _read_footer(file: str) -> pq.FileMetaData:
-    return _read_patiently(file, lambda stream: pq.ParquetFile(stream).metadata)
+    return _read_with_retries(file, lambda stream: pq.ParquetFile(stream).metadata)
 
 
-def _read_patiently(file: str, read: Callable[[BinaryIO], T]) -> T:
+def _read_with_retries(file: str, read: Callable[[BinaryIO], T]) -> T:
     remote = "://" in file
-    options = {"cache_type": "none"} if remote else {}  # what is read is kept by us
+    options = {"cache_type": "none"} if remote else {}  # StreamedImages keeps what is read
     for wait in (*RETRY_WAITS, None):
         try:
             filesystem, path = fsspec.core.url_to_fs(file)
             with filesystem.open(path, "rb", **options) as stream:
                 return read(stream)
-        except Exception as error:  # each client library, and each kind of broken answer, has exceptions of its own
+        except Exception as error:  # each client library and each kind of broken response raises its own exceptions
             if not remote or wait is None or _is_final(error):
                 raise UserError(f"cannot read {file!r}: {type(error).__name__}: {error}") from error
             logger.warning("reading %r failed (%s: %s); next try in %d s", file, type(error).__name__, error, wait)
@@ -193,7 +196,7 @@ def _read_patiently(file: str, read: Callable[[BinaryIO], T]) -> T:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another try would end the same way: no such file, no permission, not a parquet file."""
+    """True if another try would fail the same way: no such file, no permission, not a parquet file."""
     status = getattr(getattr(error, "response", None), "status_code", None) or 0
-    refused = 400 <= status < 500 and status not in (408, 429)  # too slow, too often
+    refused = 400 <= status < 500 and status not in (408, 429)  # request timeout, too many requests
     return refused or isinstance(error, (FileNotFoundError, PermissionError, pa.ArrowInvalid))

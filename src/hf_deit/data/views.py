@@ -1,20 +1,20 @@
 """From encoded images to batches of views: decode, augment, collate.
 
-Pixels stay uint8 until they are on the device (mixing.py).
+Pixels stay uint8 until they are on the device; mixing.py normalises them there.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
-from transformers import BaseImageProcessor, DeiTImageProcessor
+from transformers import DeiTImageProcessor
 
 from ..arguments import DataArguments
 from ..augmentation.transforms import (
@@ -31,37 +31,36 @@ from .decoding import DamagedImage, Part, decode_image
 from .loading import load_image_dataset
 
 
-# So many neighbours are tried in place of a damaged image; after them it is the set that is damaged.
+# If this many images in a row are damaged, the dataset itself is taken to be wrong.
 MAX_BAD_RUN = 100
 
 
 class ViewBatch(list):
-    """Examples whose pixels lie side by side in `pixels`, `(batch, height, width, 3)` uint8: collated without a copy.
+    """Examples whose pixels share one array, `pixels`: `(batch, height, width, 3)` uint8, collated without a copy.
 
-    Views kept one by one until the batch is whole would cost more than a tenth of a millisecond each, for memory that
-    the system has to hand out anew every time.
+    Separate arrays would cost more than 0.1 ms a view, because the system allocates their memory anew every time.
     """
 
     pixels: np.ndarray
 
 
 class TrainViews(torch.utils.data.Dataset):
-    """Augmented views of a training set; index it with a [`View`] (a plain index is that view of epoch 0).
+    """Augmented views of the training images; index with a [`View`] (a plain index is the view of epoch 0).
 
-    A view is a pure function of `(seed, epoch, position)`: the process, the worker and what came before don't matter.
-    In place of a damaged image stands the next one that is whole, with its own label; the example then lists what it
-    replaces as `bad_images`: `(index, path or None, reason)` each.
+    A view is a pure function of `(seed, epoch, position)`: process, worker and earlier views do not matter. A damaged
+    image is replaced by the next intact image, with that image's label; the example then lists the damaged ones as
+    `bad_images`, each `(index, path or None, reason)`.
 
     Args:
-        images: with the columns `image` and `label`, as [`load_image_dataset`] returns them.
+        images: rows with the columns `image` and `label`, as [`load_image_dataset`] returns them.
         transform: from [`build_train_transform`].
-        seed: of all views.
+        seed: seed of all views, 0 or more.
 
     Raises:
-        ValueError: the seed is negative; when indexed, 100 images in a row, or all there are, are damaged.
+        ValueError: if the seed is negative; on indexing, if 100 images in a row, or all images, are damaged.
     """
 
-    def __init__(self, images: Sequence[dict], transform: TrainTransform, seed: int = 0):
+    def __init__(self, images: Any, transform: TrainTransform, seed: int = 0):
         if seed < 0:
             raise UserError(f"the seed of the views is {seed}; it must be 0 or more")
         self.images = images
@@ -76,7 +75,7 @@ class TrainViews(torch.utils.data.Dataset):
         return self.__getitems__([view])[0]
 
     def __getitems__(self, views: list[int]) -> ViewBatch:
-        """The views of one batch; neighbours of the same image share its decoding."""
+        """Return the views of one batch. Consecutive views of one image share its decoding."""
         batch = ViewBatch()
         batch.pixels = np.empty((len(views), self.transform.image_size, self.transform.image_size, 3), np.uint8)
         groups = [(index, list(group)) for index, group in itertools.groupby(views, key=int)]
@@ -87,7 +86,7 @@ class TrainViews(torch.utils.data.Dataset):
 
     @property
     def block_sizes(self) -> list[int] | None:
-        """Of images that are read by the block ([`RepeatedAugmentationSampler`] keeps to it)."""
+        """Images in each row group of a stream, for [`RepeatedAugmentationSampler`]; None for random access."""
         return getattr(self.images, "block_sizes", None)
 
     def _views_of_one_image(self, index: int, row: dict, views: list[int], out: np.ndarray) -> list[dict]:
@@ -106,11 +105,11 @@ class TrainViews(torch.utils.data.Dataset):
         number, path, reason = bad_images[-1]
         raise UserError(
             f"{len(bad_images)} training images in a row are damaged, from number {index} to number {number} (path "
-            f"{path}: {reason}): check the path and the columns of the dataset"
+            f"{path}: {reason}). Check the path and the columns of the dataset"
         )
 
     def _augment(self, row: dict, views: list[int], out: np.ndarray) -> list[dict]:
-        drawn = []  # before there are pixels, so that no more of them are decoded than the views take
+        drawn = []  # the choices come before the decoding, so that only the rows that the views show are decoded
 
         def choose_part(height: int, width: int) -> Part:
             reduction = self.transform.reduction(height, width)
@@ -127,21 +126,21 @@ class TrainViews(torch.utils.data.Dataset):
         return examples
 
     def _draw(self, view: int, height: int, width: int) -> tuple[int, ViewParameters]:
-        """The view's seed for what happens to it on the device, and its choices for an image of this size."""
+        """Draw the view's seed for the operations on the device, and its choices for an image of this size."""
         epoch, position = _epoch_and_position(view)
-        self._rng.seed(self.seed << 96 | epoch << 64 | position)  # several times faster than seeding NumPy's
+        self._rng.seed(self.seed << 96 | epoch << 64 | position)  # several times faster than seeding NumPy
         view_seed = self._rng.getrandbits(63)
         return view_seed, self.transform.sample(height, width, self._rng)
 
 
 class EvalViews(torch.utils.data.Dataset):
-    """The one view of each held-out image; `transform` is from [`build_eval_transform`], without augmentation.
+    """One view of each evaluation image, without augmentation; `transform` comes from [`build_eval_transform`].
 
     Raises:
-        ValueError: when indexed, the image is damaged. An evaluation skips nothing.
+        ValueError: on indexing, if the image is damaged. An evaluation skips no image.
     """
 
-    def __init__(self, images: Sequence[dict], transform: Callable):
+    def __init__(self, images: Any, transform: Callable):
         self.images = images
         self.transform = transform
 
@@ -154,8 +153,8 @@ class EvalViews(torch.utils.data.Dataset):
             image = decode_image(row["image"])
         except DamagedImage as damage:
             raise UserError(
-                f"evaluation image number {index} (path {_path(row)}) is damaged: {damage}. Evaluation skips nothing, "
-                "or its accuracy would be that of another set: replace the file, or take it out of the set"
+                f"evaluation image number {index} (path {_path(row)}) is damaged: {damage}. Evaluation skips no "
+                "image, because that would change the accuracy: replace the file, or remove the image from the dataset"
             ) from damage
         return {"pixel_values": self.transform(image), "labels": row["label"]}
 
@@ -164,8 +163,8 @@ def _epoch_and_position(view: int) -> tuple[int, int]:
     return getattr(view, "epoch", 0), getattr(view, "position", int(view))
 
 
-def _rows(images: Sequence[dict], indices: list[int]) -> list[dict]:
-    """Several at once where the set can, as PyTorch's loader asks for them."""
+def _rows(images: Any, indices: list[int]) -> list[dict]:
+    """Fetch several rows, in one call if `images` supports it, as PyTorch's loader does."""
     if hasattr(images, "__getitems__"):
         return images.__getitems__(indices)
     return [images[index] for index in indices]
@@ -176,9 +175,9 @@ def _path(row: dict) -> str | None:
 
 
 def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:
-    """The evaluation transform and ImageNet's mean and standard deviation, as the processor saved with a model.
+    """Build the image processor to save with a model: the evaluation transform, then ImageNet's mean and deviation.
 
-    Stock's class defaults (a 256 x 256 squash, mean and deviation 0.5) are not the paper's.
+    The class defaults of Transformers (resize to 256 x 256, mean and deviation 0.5) are not the paper's.
     """
     return DeiTImageProcessor(
         size={"shortest_edge": int(transform.image_size / transform.crop_ratio)},
@@ -189,10 +188,15 @@ def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:
 
 
 def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray | list]:
-    """`pixel_values` `(batch, 3, height, width)` uint8 in channels-last memory, `labels` `(batch,)` int64 (of ReaL the
-    lists as they are), and for training `view_seeds` `(batch,)` int64 and `view_ids` `(batch, 2)` int64, epoch and
-    position: NumPy arrays because they are read on the host. Where images were replaced, `bad_images` too: the
-    examples' lists in one."""
+    """Collate examples into one batch.
+
+    Returns:
+        `pixel_values`: `(batch, 3, height, width)` uint8 in channels-last memory.
+        `labels`: `(batch,)` int64; for ImageNet-ReaL the lists of labels, unchanged.
+        `view_seeds`: training only, `(batch,)` int64, a NumPy array because the host reads it.
+        `view_ids`: training only, `(batch, 2)` int64, epoch and position, a NumPy array as well.
+        `bad_images`: only if images were replaced, the examples' lists joined.
+    """
     if isinstance(examples, ViewBatch):
         pixels = torch.from_numpy(examples.pixels)
     else:
@@ -212,31 +216,31 @@ def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray | list]
 
 
 class LoadedViews(NamedTuple):
-    """What a run needs of its images.
+    """Everything that a run needs to know about its images.
 
     Attributes:
-        train: the augmented views of the training images.
-        eval: the plain views of the evaluation images.
+        train: augmented views of the training images.
+        eval: plain views of the evaluation images.
         id2label: class names by number.
-        processor: the image processor that makes an evaluation view of an image, for the model's repository.
+        processor: image processor that turns an image into an evaluation view, for the model's repository.
     """
 
     train: TrainViews
     eval: EvalViews
     id2label: dict[int, str]
-    processor: BaseImageProcessor
+    processor: DeiTImageProcessor
 
 
 def load_views(data_args: DataArguments, *, seed: int = 42, **transform_options) -> LoadedViews:
     """Load a dataset as views to train on and to evaluate on.
 
     Args:
-        data_args: which images, and at what size.
-        seed: of the order of the images and of every view; [`DistillationConfig.view_seed`] in a run.
-        transform_options: of [`build_train_transform`]; [`DistillationConfig.transform_options`] in a run.
+        data_args: the images and their size.
+        seed: seed of the views; in a run [`DistillationConfig.view_seed`].
+        transform_options: arguments of [`build_train_transform`]; in a run [`DistillationConfig.transform_options`].
 
     Raises:
-        ValueError: what [`load_image_dataset`] and the transforms refuse.
+        ValueError: if [`load_image_dataset`] or one of the transforms raises it.
     """
     images = load_image_dataset(**data_args.loading())
     train = TrainViews(images["train"], build_train_transform(data_args.image_size, **transform_options), seed)

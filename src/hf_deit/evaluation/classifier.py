@@ -96,7 +96,7 @@ class Classifier(FrozenClassifier):
                 self._resize()
         logits = self._by_head(self.probe(size))
         self.num_labels = logits["class"].shape[1]
-        names = class_names(id2label, keep_generic=True)
+        names = class_names(id2label, keep_generic=True) or []
         self.classes_matched = self.match_classes(names, len(names), trust_class_order)
         self.heads = HEADS if "distillation" in logits else HEADS[:1]
         fusion = getattr(getattr(self.model, "config", None), "head_fusion", "logits")
@@ -139,7 +139,8 @@ class Classifier(FrozenClassifier):
     def _by_head(self, output: Any) -> dict[str, Tensor]:
         if getattr(output, "distillation_logits", None) is not None:
             return {"class": output.cls_logits, "distillation": output.distillation_logits}
-        return {"class": logits_of(output)}
+        logits: Any = logits_of(output)  # the probe refuses a network that returns none
+        return {"class": logits}
 
     def _resize(self) -> None:
         """Prepare the model for `image_size`."""

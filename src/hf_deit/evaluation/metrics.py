@@ -11,7 +11,7 @@ Source: Table 4 of Touvron et al. 2021 (arXiv 2012.12877) for the disagreement; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import evaluate
 import numpy as np
@@ -52,8 +52,9 @@ class _LocalMetric(evaluate.Metric):
         """Compute the metric of the arguments, or of everything that `add_batch` collected."""
         # Whole arrays skip evaluate's Arrow table, which encodes them value by value (0.6 s for 50,000 x 5).
         if predictions is not None and self.writer is None:
-            return self._compute(predictions, references, **kwargs)
-        return super().compute(predictions=predictions, references=references, **kwargs)
+            compute: Any = self._compute
+            return compute(predictions, references, **kwargs)
+        return super().compute(predictions=predictions, references=references, **kwargs) or {}
 
 
 class TopKAccuracy(_LocalMetric):
@@ -174,7 +175,8 @@ def three_head_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     Raises:
         ValueError: if H is neither 1 nor 3, or the numbers of samples differ.
     """
-    best_classes, losses = prediction.predictions
+    predictions: Any = prediction.predictions
+    best_classes, losses = predictions
     heads = best_classes.shape[1] if best_classes.ndim == 3 else 0
     if heads not in (1, len(HEADS)) or losses.shape != best_classes.shape[:1]:
         raise UserError(

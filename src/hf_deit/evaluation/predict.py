@@ -93,7 +93,7 @@ def predict(
     if not len(images):
         raise UserError("there are no images to evaluate on")
     state = current_process()
-    device = torch.device(device or state.device)
+    device = torch.device(device or str(state.device))
     ratio = classifier.crop_ratio if crop_ratio is None else crop_ratio
     transform = build_eval_transform(classifier.image_size, crop_ratio=ratio)
     share = range(state.process_index, len(images), state.num_processes)

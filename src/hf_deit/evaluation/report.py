@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
@@ -106,10 +107,11 @@ def evaluation_report(
         command: words of the command line, the script first.
     """
     state = current_process()
+    device: Any = state.device
     return {
         "command": shlex.join(map(str, command)),
         "dataset": args.loading() | {"classes": num_classes},
-        "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else str(state.device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "processes": state.num_processes,
         "batch_size": args.batch_size,
         "versions": {"hf_deit": __version__, "Python": platform.python_version()}

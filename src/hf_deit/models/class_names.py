@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..errors import UserError
 
@@ -26,7 +27,7 @@ def class_key(name: str) -> str:
     return name.replace("_", " ").split(",")[0].strip().casefold()
 
 
-def class_order(own: list[str], wanted: list[str]) -> list[int] | None:
+def class_order(own: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     """The index in `own` of each name in `wanted`; None if the two lists do not name the same classes.
 
     ImageNet's classes are named by WordNet ids, by all synonyms or by the first synonym, and a few classes share a
@@ -42,15 +43,16 @@ def class_order(own: list[str], wanted: list[str]) -> list[int] | None:
     return None
 
 
-def _described(names: list[str]) -> list[str]:
+def _described(names: Sequence[str]) -> Sequence[str]:
     """WordNet ids (n01440764) replaced by timm's names for them; other names unchanged."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in names):
         return names
-    from timm.data import ImageNetInfo
+    from timm.data import ImageNetInfo  # pyright: ignore[reportPrivateImportUsage]
 
-    words = {}
+    words: dict[str, Any] = {}
     for subset in ("imagenet-21k-goog", "imagenet-1k"):  # ImageNet-1k has one class that ImageNet-21k lacks
-        words |= ImageNetInfo(subset).label_descriptions(as_dict=True)
+        descriptions: Any = ImageNetInfo(subset).label_descriptions(as_dict=True)
+        words.update(descriptions)
     return [words.get(name, name) for name in names]
 
 

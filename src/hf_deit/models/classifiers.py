@@ -92,7 +92,7 @@ def new_classifier(
     std: Sequence[float],
     image_size: int | tuple[int, int],
     model_args: dict[str, Any] | None = None,
-) -> nn.Module:
+) -> Any:
     """Make a trainable Transformers classifier for new classes; `load_teacher` reads its `save_pretrained` directory.
 
     Args:

@@ -45,7 +45,8 @@ class FrozenClassifier(nn.Module):
     def __init__(self, found: FoundClassifier, device: torch.device | str | None = None):
         super().__init__()
         self.name, self.names, self._own_size = found.name, found.names, found.image_size
-        self.model = found.model.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
+        model: Any = found.model  # PyTorch's stubs do not know to() with a memory format
+        self.model = model.requires_grad_(False).eval().to(device=device, memory_format=torch.channels_last)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.sha256 = fingerprint(self.model)
         self.register_buffer("class_order", None)
@@ -120,7 +121,7 @@ class FrozenClassifier(nn.Module):
             sides = {self.role: self.names, self.owner_of_classes: names}
             if nameless := [side for side, its_names in sides.items() if not self._are_names(its_names)]:
                 return f"by position: the {nameless[0]} has no class names"
-            raise self._other_classes(names)
+            raise self._other_classes(self.names or (), names or ())
         if order == sorted(order):
             return "by name"
         self.class_order = torch.tensor(order, device=self.device)
@@ -145,12 +146,12 @@ class FrozenClassifier(nn.Module):
             return False
         return self.numbers_are_names or any(name != str(number) for number, name in enumerate(names))
 
-    def _other_classes(self, names: Sequence[str]) -> UserError:
-        known, wanted = set(map(class_key, self.names)), set(map(class_key, names))
-        extra = [name for name in self.names if class_key(name) not in wanted] or self.names
+    def _other_classes(self, own: Sequence[str], names: Sequence[str]) -> UserError:
+        known, wanted = set(map(class_key, own)), set(map(class_key, names))
+        extra = [name for name in own if class_key(name) not in wanted] or own
         missing = [name for name in names if class_key(name) not in known] or names
         return UserError(
-            f"{self.role} {self.name!r} has other classes than the {self.owner_of_classes}: {len(self.names)}, such "
+            f"{self.role} {self.name!r} has other classes than the {self.owner_of_classes}: {len(own)}, such "
             f"as {some_of(extra)}, against {len(names)}, such as {some_of(missing)}. {self.remedy}; or set "
             "trust_class_order=True if only the spelling differs"
         )

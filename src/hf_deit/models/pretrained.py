@@ -173,7 +173,7 @@ class LoadsAnyDeiT(PreTrainedModel):
                 if name not in new_heads | positions
             ),
         }
-        if misfits["of another shape"] or any(misfits.values()) and not only_shapes:
+        if misfits["of another shape"] or (any(misfits.values()) and not only_shapes):
             raise UserError(
                 f"the weights of {source or 'the state dict'} do not fit {type(self).__name__} with this config: "
                 + "; ".join(f"{what}: {names}" for what, names in misfits.items() if names)

@@ -45,7 +45,7 @@ def free_memory() -> int | None:
 
 
 def _kilobytes(file: str, key: str) -> int:
-    return 1024 * int(re.search(rf"^{key}:\s+(\d+) kB", Path(file).read_text(), re.MULTILINE)[1])
+    return 1024 * int(re.findall(rf"^{key}:\s+(\d+) kB", Path(file).read_text(), re.MULTILINE)[0])
 
 
 def describe_machine(device: str) -> dict[str, str | int | float | None]:

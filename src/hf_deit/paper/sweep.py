@@ -227,10 +227,10 @@ class Sweep:
             needs.append(needed)
             return needed.keys["output_dir"]
 
-        named = keys.pop("teacher", None) or keys.pop("teacher_recipe", "").removesuffix(".yaml")
+        named = keys.pop("teacher", None) or str(keys.pop("teacher_recipe", "")).removesuffix(".yaml")
         keys.pop("teacher_recipe", None)
         if named and keys.get("distillation_type", "hard") in ("hard", "soft"):
-            stand_in = self.scale.teachers.get(named, named)
+            stand_in = str(self.scale.teachers.get(named, named))
             teacher = _recipe_of(stand_in) or stand_in
             # One teacher for all seeds of the student, as in the paper.
             is_recipe = (self.recipes / f"{teacher}.yaml").exists()
@@ -290,9 +290,10 @@ class Sweep:
         speeds = [result["metrics"]["train_samples_per_second"] for run in self.runs if (result := self.result(run))]
         speed = float(np.median(speeds)) if speeds else self.scale.views_per_second
         views = [run.views for run in self.to_do()]
-        if speed is None or None in views:
+        known = [count for count in views if count is not None]
+        if speed is None or len(known) < len(views):
             return None
-        return sum(views) / speed / jobs
+        return sum(known) / speed / jobs
 
     def plan(self, jobs: int = 1) -> str:
         """The runs to do and the estimated time, in a few lines."""

@@ -1,4 +1,4 @@
-"""Pictures of an analysis; each takes what the function of its subject in paper/analysis.py returns."""
+"""Pictures of an analysis. The arguments of each function are what a function of paper/analysis.py returns."""
 
 from __future__ import annotations
 
@@ -23,43 +23,44 @@ from .style import (
     SHARES,
     TICK_SIZE,
     TITLE_SIZE,
-    _colorbar,
-    _figure,
-    _heading,
-    _readable_on,
-    _save,
-    _shortened,
-    _without_frame,
+    add_colorbar,
+    add_heading,
+    new_figure,
+    remove_frame,
+    save_figure,
+    shorten,
+    text_color_on,
 )
 
 
 def plot_disagreement(path: str | os.PathLike, *, names, rates, images: int) -> None:
-    """Table 4 as a heat map with its numbers; the arguments are those of [`disagreement`]."""
+    """Draw Table 4 as a heat map with its numbers; the arguments come from [`disagreement`]."""
     values = np.array(rates)
-    labels = [_shortened(name) for name in names]
+    labels = [shorten(name) for name in names]
     side, longest = max(0.72 * len(names), 3), max(map(len, labels))
-    figure = _figure(side + 2.0 + 0.085 * longest, side + 1.0 + 0.06 * longest)
+    figure = new_figure(side + 2.0 + 0.085 * longest, side + 1.0 + 0.06 * longest)
     axes = figure.subplots()
     image = axes.imshow(values, cmap=SHARES, vmin=0, vmax=max(values.max(), 1e-9))
     for row, column in np.ndindex(values.shape):
-        color = "0.6" if row == column else _readable_on(image, values[row, column])
+        color = "0.6" if row == column else text_color_on(image, values[row, column])
         text = f"{values[row, column]:.3f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=TICK_SIZE, color=color)
     axes.set_xticks(range(len(names)), labels, rotation=40, ha="right", rotation_mode="anchor", fontsize=TICK_SIZE)
     axes.set_yticks(range(len(names)), labels, fontsize=TICK_SIZE)
-    _heading(figure, f"Different decisions, {images:,} images")
-    _without_frame(axes)
-    _colorbar(figure, image, axes, "share of the images")
-    _save(figure, path)
+    add_heading(figure, f"Different decisions, {images:,} images")
+    remove_frame(axes)
+    add_colorbar(figure, image, axes, "share of the images")
+    save_figure(figure, path)
 
 
 def plot_by_class(path: str | os.PathLike, *, quantity: str, classes, counts, series, lowest: int = 20) -> None:
-    """A share of the images by true class, for several heads; the arguments are those of [`agreement_by_class`].
+    """Draw a share of the images by true class, for several heads; the arguments come from [`agreement_by_class`].
 
-    With more than `lowest` classes: all of them in order, without names, and the lowest with names.
+    With more than `lowest` classes, one panel shows all classes in order and without names, another the lowest with
+    names.
 
     Args:
-        quantity: what the shares are, such as "agreement with the teacher".
+        quantity: name of the share, such as "agreement with the teacher".
     """
     values = 100 * np.array([one["by_class"] for one in series], dtype=float)  # None becomes NaN
     seen = np.flatnonzero(np.array(counts) > 0)
@@ -71,17 +72,17 @@ def plot_by_class(path: str | os.PathLike, *, quantity: str, classes, counts, se
         for one in series
     ]
 
-    step = 0.085  # inches from mark to mark within a class: one below the other, or equal values would hide each other
+    step = 0.085  # inches between the marks of a class; without it equal values would hide each other
     row_height = max(0.3, step * (len(series) + 1))
     height = max(3.6, 1.8 + row_height * len(shown) + 0.26 * math.ceil(len(series) / 2))
-    figure = _figure(13 if many else 9.5, height)
+    figure = new_figure(13 if many else 9.5, height)
     *ranked, named = figure.subplots(1, 2, width_ratios=(1, 1.25)) if many else [figure.subplots()]
     rows = np.arange(len(shown))
     for number, (one, mark) in enumerate(zip(series, marks)):
-        label = f"{_shortened(one['label'])}  {100 * one['overall']:.1f} %"
+        label = f"{shorten(one['label'])}  {100 * one['overall']:.1f} %"
         shift = (number - (len(series) - 1) / 2) * step / row_height
         named.plot(values[number, shown], rows + shift, linestyle="none", markersize=5.5, label=label, **mark)
-    named.set_yticks(rows, [f"{_shortened(classes[index])}  ({counts[index]})" for index in shown])
+    named.set_yticks(rows, [f"{shorten(classes[index])}  ({counts[index]})" for index in shown])
     named.set_ylim(len(shown) - 0.5, -0.5)
     named.set_xlabel(f"{quantity} (%)", fontsize=LABEL_SIZE)
     low, high = values[:, shown].min(), values[:, shown].max()
@@ -105,16 +106,16 @@ def plot_by_class(path: str | os.PathLike, *, quantity: str, classes, counts, se
     for axes in (*ranked, named):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=TICK_SIZE)
-    _heading(figure, f"{quantity[0].upper()}{quantity[1:]}, by class{'' if many else ' (number of images)'}")
+    add_heading(figure, f"{quantity[0].upper()}{quantity[1:]}, by class{'' if many else ' (number of images)'}")
     handles = named.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=TICK_SIZE, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_confusion(path: str | os.PathLike, *, label: str, classes, cells, most: int = 25) -> None:
-    """Confusion matrix, or the most frequent confusions where there are more than `most` classes.
+    """Draw the confusion matrix, or the most frequent confusions if there are more than `most` classes.
 
-    The arguments are those of [`confusion`].
+    The arguments come from [`confusion`].
     """
     if len(classes) > most:
         _plot_most_confused(path, label, classes, cells, most)
@@ -124,24 +125,24 @@ def plot_confusion(path: str | os.PathLike, *, label: str, classes, cells, most:
         counts[true, decision] = count
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 0.52 * len(classes)
-    figure = _figure(max(6.5, side + 3.2), max(4.5, side + 1.6))
+    figure = new_figure(max(6.5, side + 3.2), max(4.5, side + 1.6))
     axes = figure.subplots()
-    # The root: one confused image in a hundred is to be seen beside the ninety-nine others.
+    # The square root keeps one confused image in a hundred visible.
     image = axes.imshow(shares, cmap=SHARES, norm=PowerNorm(0.5, vmin=0, vmax=100))
     for true, decision, count in cells:
-        color = _readable_on(image, shares[true, decision])
+        color = text_color_on(image, shares[true, decision])
         axes.text(decision, true, str(count), ha="center", va="center", fontsize=TICK_SIZE - 1, color=color)
-    names = [_shortened(name) for name in classes]
+    names = [shorten(name) for name in classes]
     slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
     axes.set_xticks(range(len(names)), names, fontsize=TICK_SIZE, **slanted)
     axes.set_yticks(range(len(names)), names, fontsize=TICK_SIZE)
     axes.set_xlabel("decision", fontsize=LABEL_SIZE)
     axes.set_ylabel("true class", fontsize=LABEL_SIZE)
-    _heading(figure, f"{_shortened(label)}: images by decision")
-    _without_frame(axes)
-    bar = _colorbar(figure, image, axes, "share of the true class (%)")
+    add_heading(figure, f"{shorten(label)}: images by decision")
+    remove_frame(axes)
+    bar = add_colorbar(figure, image, axes, "share of the true class (%)")
     bar.set_ticks([0, 1, 5, 10, 25, 50, 75, 100])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_most_confused(path, label: str, classes, cells, most: int) -> None:
@@ -151,36 +152,36 @@ def _plot_most_confused(path, label: str, classes, cells, most: int) -> None:
     pairs = [cell for cell in cells if cell[0] != cell[1]]
     pairs = sorted(pairs, key=lambda cell: -cell[2] / totals[cell[0]])[:most]
     shares = [100 * count / totals[true] for true, _, count in pairs]
-    figure = _figure(10.5, max(3, 1.2 + 0.3 * len(pairs)))
+    figure = new_figure(10.5, max(3, 1.2 + 0.3 * len(pairs)))
     axes = figure.subplots()
     axes.barh(range(len(pairs)), shares, color=CLASS, height=0.7)
     for row, (share, (true, _, count)) in enumerate(zip(shares, pairs)):
         axes.text(share, row, f"  {count} of {totals[true]}", va="center", fontsize=TICK_SIZE)
-    names = [f"{_shortened(classes[true])}  →  {_shortened(classes[decision])}" for true, decision, _ in pairs]
+    names = [f"{shorten(classes[true])}  →  {shorten(classes[decision])}" for true, decision, _ in pairs]
     axes.set_yticks(range(len(pairs)), names, fontsize=TICK_SIZE)
     axes.set_ylim(len(pairs) - 0.5, -0.5)
     axes.set_xlim(0, 1.18 * max(shares, default=1))  # room for the numbers
     axes.set_xlabel("share of the true class decided so (%)", fontsize=LABEL_SIZE)
-    _heading(figure, f"{_shortened(label)}: most frequent confusions, true class → decision")
+    add_heading(figure, f"{shorten(label)}: most frequent confusions, true class → decision")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=TICK_SIZE)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_token_similarity(path: str | os.PathLike, *, series: Sequence[Mapping]) -> None:
-    """Cosine of class and distillation token through the layers, one line a model, ±1 standard deviation over images.
+    """Draw the cosine of class and distillation token after each layer, one line per model, ±1 standard deviation.
 
     Args:
-        series: what [`token_similarity`] returns for each model, and its `model`: the name.
+        series: for each model, what [`token_similarity`] returns over the images, and `model`: its name.
     """
     deepest = max(len(one["mean"]) for one in series)
-    figure = _figure(max(8, 3.5 + 0.5 * deepest), 5)
+    figure = new_figure(max(8, 3.5 + 0.5 * deepest), 5)
     axes = figure.subplots()
     for number, one in enumerate(series):
         color, marker = MODEL_COLORS[number % len(MODEL_COLORS)], MARKERS[number % len(MARKERS)]
         means, stds = np.array(one["mean"]), np.array(one["std"])
         depths = np.arange(len(means))
-        end = f"{_shortened(one['model'])}  {one['parameters']:.2f} → {one['output_mean']:.3f}"
+        end = f"{shorten(one['model'])}  {one['parameters']:.2f} → {one['output_mean']:.3f}"
         axes.plot(depths, means, color=color, marker=marker, markersize=5, linewidth=1.8, label=end)
         axes.fill_between(depths, means - stds, means + stds, color=color, alpha=0.18, linewidth=0)
         axes.plot(-1, one["parameters"], color=color, marker=marker, markersize=9, markeredgecolor="black")
@@ -196,63 +197,63 @@ def plot_token_similarity(path: str | os.PathLike, *, series: Sequence[Mapping])
     low = min(min(one["parameters"], one["output_mean"], *one["mean"]) for one in series)
     axes.set_ylim(min(-0.05, low - 0.1), 1.05)
     axes.axhline(1, color="0.6", linewidth=0.8, zorder=0)
-    _heading(figure, "Similarity of the class and the distillation token")
+    add_heading(figure, "Similarity of the class and the distillation token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.tick_params(labelsize=TICK_SIZE)
     figure.legend(
         loc="outside lower center", ncols=2, fontsize=TICK_SIZE, frameon=False, title="model, learned tokens → output"
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_attention(path: str | os.PathLike, *, model: str, images, captions, layer: int, layers: int, maps) -> None:
-    """Mean attention of the tokens over each image, and their rollout; the arguments are those of [`attention_maps`].
+    """Draw mean attention and rollout of the tokens over each image; the arguments come from [`attention_maps`].
 
     Args:
-        model: its name.
-        images: `(images, height, width, 3)`, uint8: what lies beneath.
-        captions: a line for each image.
+        model: name of the model.
+        images: `(images, height, width, 3)` uint8, drawn in grey beneath the maps.
+        captions: one line for each image.
     """
     columns = [
         (token, kind, f"{token} token\n{name}")
         for kind, name in (("mean", f"layer {layer} of {layers}, mean"), ("rollout", "rollout, all layers"))
         for token in maps[0]
     ]
-    figure = _figure(1.1 + 2.3 * (1 + len(columns)), 0.9 + 2.5 * len(images))
+    figure = new_figure(1.1 + 2.3 * (1 + len(columns)), 0.9 + 2.5 * len(images))
     grid = figure.subplots(len(images), 1 + len(columns), squeeze=False)
     for row, (pixels, caption, tokens) in enumerate(zip(images, captions, maps)):
         grid[row, 0].imshow(pixels)
-        grid[row, 0].set_title(_shortened(caption, 25), fontsize=TICK_SIZE)
+        grid[row, 0].set_title(shorten(caption, 25), fontsize=TICK_SIZE)
         for axes, (token, kind, heading) in zip(grid[row, 1:], columns):
             shown = _lay_over(axes, pixels, tokens[token][kind])
             axes.set_title(heading if row == 0 else "", fontsize=TICK_SIZE)
-    _finish_attention(figure, grid, shown, f"{_shortened(model)}: attention to the patches")
-    _save(figure, path)
+    _finish_attention(figure, grid, shown, f"{shorten(model)}: attention to the patches")
+    save_figure(figure, path)
 
 
 def plot_attention_heads(
     path: str | os.PathLike, *, model: str, images, captions, layer: int, layers: int, maps
 ) -> None:
-    """The same head by head: a row for each image and token."""
+    """Draw the attention of each head, one row for each image and token; arguments as for [`plot_attention`]."""
     rows = [(number, token) for number in range(len(images)) for token in maps[0]]
     heads = len(maps[0][rows[0][1]]["heads"])
-    figure = _figure(1.9 + 1.7 * (1 + heads), 0.8 + 1.8 * len(rows))
+    figure = new_figure(1.9 + 1.7 * (1 + heads), 0.8 + 1.8 * len(rows))
     grid = figure.subplots(len(rows), 1 + heads, squeeze=False)
     for row, (number, token) in enumerate(rows):
         grid[row, 0].imshow(images[number])
         first = token == next(iter(maps[number]))
-        grid[row, 0].set_title(_shortened(captions[number], 19) if first else "", fontsize=TICK_SIZE)
+        grid[row, 0].set_title(shorten(captions[number], 19) if first else "", fontsize=TICK_SIZE)
         grid[row, 0].set_ylabel(f"{token}\ntoken", fontsize=TICK_SIZE)
         for head, (axes, weights) in enumerate(zip(grid[row, 1:], maps[number][token]["heads"])):
             shown = _lay_over(axes, images[number], weights)
             axes.set_title(f"head {head + 1}" if row == 0 else "", fontsize=TICK_SIZE)
-    _finish_attention(figure, grid, shown, f"{_shortened(model)}: attention heads, layer {layer} of {layers}")
-    _save(figure, path)
+    _finish_attention(figure, grid, shown, f"{shorten(model)}: attention heads, layer {layer} of {layers}")
+    save_figure(figure, path)
 
 
 def _lay_over(axes: Axes, pixels, weights) -> AxesImage:
-    """A map of patches over a grey image, from none to the map's own largest weight."""
+    """Draw a map of patches over a grey image; the colours run from 0 to the map's largest weight."""
     weights = np.array(weights)
     height, width = pixels.shape[:2]
     axes.imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=255)
@@ -270,21 +271,21 @@ def _lay_over(axes: Axes, pixels, weights) -> AxesImage:
 
 def _finish_attention(figure: Figure, grid, shown: AxesImage, title: str) -> None:
     for axes in grid.flat:
-        _without_frame(axes)
+        remove_frame(axes)
         axes.set(xticks=[], yticks=[])
-    _heading(figure, title)
-    _colorbar(figure, shown, list(grid.flat), "attention, share of each map's largest")
+    add_heading(figure, title)
+    add_colorbar(figure, shown, list(grid.flat), "attention, share of each map's largest")
 
 
 def plot_patch_filters(path: str | os.PathLike, *, model: str, filters, explained) -> None:
-    """Principal components of the patch embedding as colours; the arguments are those of [`patch_filters`].
+    """Draw the principal components of the patch embedding as colours; the arguments come from [`patch_filters`].
 
-    Grey is zero; every component is scaled to its own largest entry.
+    Grey is zero; each component is scaled by its own largest entry.
     """
     filters = np.array(filters)
     columns = min(7, len(filters))
     rows = math.ceil(len(filters) / columns)
-    figure = _figure(max(6, 1.25 * columns + 0.6), 1.0 + 1.5 * rows)
+    figure = new_figure(max(6, 1.25 * columns + 0.6), 1.0 + 1.5 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(filters) :]:
         axes.set_visible(False)
@@ -292,18 +293,18 @@ def plot_patch_filters(path: str | os.PathLike, *, model: str, filters, explaine
         shown = 0.5 + 0.5 * one / max(np.abs(one).max(), 1e-12)
         axes.imshow(np.broadcast_to(shown, (*shown.shape[:2], 3)), interpolation="nearest")
         axes.set_title(f"{100 * share:.1f} %", fontsize=TICK_SIZE)
-        _without_frame(axes)
+        remove_frame(axes)
         axes.set(xticks=[], yticks=[])
-    title = f"{_shortened(model)}: patch embedding,\nprincipal components and their share of the variance"
-    _heading(figure, title)
-    _save(figure, path)
+    title = f"{shorten(model)}: patch embedding,\nprincipal components and their share of the variance"
+    add_heading(figure, title)
+    save_figure(figure, path)
 
 
 def plot_position_similarity(path: str | os.PathLike, *, model: str, patches, tokens: Mapping) -> None:
-    """A small map for every patch, where the patch lies, and a map for each token; see [`position_similarity`]."""
+    """Draw a small map at the place of each patch, and one map for each token; see [`position_similarity`]."""
     patches = np.array(patches)
     rows, columns = patches.shape[:2]
-    # One sheet with an empty line between the maps: hundreds of axes would take minutes.
+    # All maps share one sheet, with an empty line between them: hundreds of axes would take minutes.
     sheet = np.full((rows * (rows + 1) - 1, columns * (columns + 1) - 1), np.nan)
     for row, column in np.ndindex(rows, columns):
         top, left = row * (rows + 1), column * (columns + 1)
@@ -311,7 +312,7 @@ def plot_position_similarity(path: str | os.PathLike, *, model: str, patches, to
     low = min(np.nanmin(sheet), *(np.min(values) for values in tokens.values()))
     scale = {"cmap": MAPS, "vmin": low, "vmax": 1, "interpolation": "nearest"}
 
-    figure = _figure(12.5, 8.2)
+    figure = new_figure(12.5, 8.2)
     panels = figure.subplot_mosaic([["patches", name] for name in tokens], width_ratios=(2.3, 1))
     shown = panels["patches"].imshow(sheet, **scale)
     panels["patches"].set_title("each patch with all patches", fontsize=LABEL_SIZE)
@@ -324,8 +325,8 @@ def plot_position_similarity(path: str | os.PathLike, *, model: str, patches, to
         panels[name].set_title(f"{name} token with all patches", fontsize=LABEL_SIZE)
         panels[name].set(xticks=[], yticks=[])
     for axes in panels.values():
-        _without_frame(axes)
+        remove_frame(axes)
         axes.tick_params(labelsize=TICK_SIZE if max(rows, columns) <= 16 else TICK_SIZE - 3)
-    _heading(figure, f"{_shortened(model)}: position embeddings")
-    _colorbar(figure, shown, list(panels.values()), "cosine")
-    _save(figure, path)
+    add_heading(figure, f"{shorten(model)}: position embeddings")
+    add_colorbar(figure, shown, list(panels.values()), "cosine")
+    save_figure(figure, path)

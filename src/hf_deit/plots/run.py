@@ -1,4 +1,7 @@
-"""report.png: losses, learning rate and accuracies of one run."""
+"""The picture of one run, report.png: losses, learning rate and accuracies.
+
+Not here: the numbers, which come from the Trainer's log (`trainer.state.log_history`).
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,13 @@ from .style import (
     TEACHER,
     TICK_SIZE,
     TITLE_SIZE,
-    _figure,
-    _heading,
-    _save,
+    add_heading,
+    new_figure,
+    save_figure,
 )
 
 
-# log key, legend, how it is drawn; the fused line lies broad beneath the two heads it often coincides with
+# Log key, legend, style. The fused line is broad, because it often coincides with the lines of the two heads above it.
 LOSSES = (
     ("loss", "training loss", {"color": FUSED}),
     ("class_loss", "class head", {"color": CLASS}),
@@ -47,13 +50,13 @@ def plot_run(
     teacher_top1: float | None = None,
     title: str | None = None,
 ) -> None:
-    """Draw losses by part, learning rate and top-1 of the heads over the epochs, side by side, into one picture.
+    """Draw the parts of the loss, the learning rate and the top-1 of the heads over the epochs, side by side.
 
     Args:
-        log_history: the Trainer's entries, in order. What a run did not log is left out, an empty panel says so,
-            and of two entries at one moment (a final evaluation) the later one counts.
-        path: the file to write; its suffix chooses the format (`report.png`). Missing folders are created.
-        teacher_top1: fraction in [0, 1], drawn as a level line beside the heads.
+        log_history: the Trainer's entries, in order. A panel without logged values says "not logged". Of two entries
+            for the same epoch (a final evaluation), the later one counts.
+        path: the file to write; its suffix selects the format (`report.png`). Missing folders are created.
+        teacher_top1: fraction in [0, 1], drawn as a horizontal line in the panel of the heads.
         title: one line above the panels.
 
     Raises:
@@ -62,10 +65,10 @@ def plot_run(
     if teacher_top1 is not None and not 0 <= teacher_top1 <= 1:
         raise UserError(f"teacher_top1 is {teacher_top1}; it must be a fraction in [0, 1], for example 0.972")
 
-    figure = _figure(15, 4.8)
+    figure = new_figure(15, 4.8)
     losses, rates, accuracies = figure.subplots(1, 3)
     if title:
-        _heading(figure, title)
+        add_heading(figure, title)
 
     _draw(losses, log_history, LOSSES, title="Losses", unit="nats")
     _draw(rates, log_history, RATES, title="Learning rate", unit="")
@@ -76,11 +79,11 @@ def plot_run(
         accuracies.axhline(level, color=TEACHER, linestyle=":", linewidth=2, label=f"teacher  {level:.1f} %")
     for axes in (losses, rates, accuracies):
         _finish(axes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw(axes: Axes, log_history, lines, title: str, unit: str, percent: bool = False) -> None:
-    """Draw each logged line; accuracies in percent, with marks, and their last value in the legend."""
+    """Draw each logged line; with `percent`, in percent and with the last value in the legend."""
     axes.set_title(title, fontsize=TITLE_SIZE)
     axes.set_ylabel(unit, fontsize=LABEL_SIZE)
     axes.set_xlabel("epoch", fontsize=LABEL_SIZE)
@@ -101,7 +104,7 @@ def _draw(axes: Axes, log_history, lines, title: str, unit: str, percent: bool =
                 "linewidth": 1.6,
                 "marker": "o" if evaluated or len(points) == 1 else None,
                 "markersize": 4,
-                # Beyond some thirty evaluations the marks would hide the line.
+                # With more than about thirty evaluations, all marks together would hide the line.
                 "markevery": math.ceil(len(points) / 30),
                 **style,
             },
@@ -109,7 +112,7 @@ def _draw(axes: Axes, log_history, lines, title: str, unit: str, percent: bool =
 
 
 def _finish(axes: Axes) -> None:
-    """Grid, frame and legend, or a word where there is nothing to show."""
+    """Draw grid, frame and legend, or "not logged" in an empty panel."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.tick_params(labelsize=TICK_SIZE)

@@ -21,13 +21,13 @@ from .style import (
     TEACHER,
     TICK_SIZE,
     TITLE_SIZE,
-    _figure,
-    _heading,
-    _save,
+    add_heading,
+    new_figure,
+    save_figure,
 )
 
 
-# Figure 1: colour of a family, and the side of its marks on which names stand, so that close curves stay readable.
+# Figure 1: colour of each family, and the side of its marks for the names, so that close curves stay readable.
 FAMILIES = {
     "DeiT": (CLASS, "left"),
     "DeiT distilled": (DISTILLATION, "right"),
@@ -45,29 +45,33 @@ def plot_table(
     title: str | None = None,
     lines: bool = False,
 ) -> None:
-    """Draw a table of runs: a dot for every seed, a mark for their mean, in words the mean and the paper's number.
+    """Draw a table of runs: a dot for each seed, a mark for the mean, and as text the mean and the paper's number.
 
     Args:
-        points: row, column, one value a seed (a cell without any is left out) and the paper's number, all in percent.
-        path: the file to write; its suffix chooses the format. Missing folders are created.
-        title: one line above.
-        lines: the columns are the steps of an axis and each row a line over it; otherwise each column is a panel.
+        points: row, column, one value per seed (a cell without values is left out) and the paper's number; values and
+            number in percent.
+        path: the file to write; its suffix selects the format. Missing folders are created.
+        title: one line above the picture.
+        lines: if true, the columns are the ticks of one axis and each row is a line; otherwise each column is a panel.
     """
     points = [point for point in points if point[2]]
-    rows, columns = (list(dict.fromkeys(point[i] for point in points)) for i in (0, 1))
+    rows, columns = (
+        list(dict.fromkeys(point[0] for point in points)),
+        list(dict.fromkeys(point[1] for point in points)),
+    )
     if lines:
-        figure = _figure(8.5, 4.8)
+        figure = new_figure(8.5, 4.8)
     else:
-        figure = _figure(3.4 + 4.6 * max(1, len(columns)), 1.5 + 0.45 * max(3, len(rows)))
+        figure = new_figure(3.4 + 4.6 * max(1, len(columns)), 1.5 + 0.45 * max(3, len(rows)))
     if title:
-        _heading(figure, title)
+        add_heading(figure, title)
     if lines:
         _draw_lines(figure.subplots(), points, rows, columns)
     elif columns:
         for column, axes in zip(columns, figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], strict=True):
             _draw_panel(axes, [point for point in points if point[1] == column], rows)
             axes.set_title(column, fontsize=LABEL_SIZE)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_lines(axes: Axes, points, rows: list[str], columns: list[str]) -> None:
@@ -99,33 +103,33 @@ def _draw_panel(axes: Axes, points, rows: list[str]) -> None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     lowest, highest = (limit(value for _, _, values, _ in points for value in values) for limit in (min, max))
     span = max(highest - lowest, 1.0)
-    axes.set_xlim(lowest - 0.15 * span, highest + 0.9 * span)  # room for the words
+    axes.set_xlim(lowest - 0.15 * span, highest + 0.9 * span)  # room for the text
     axes.set_xlabel("top-1 (%)", fontsize=TICK_SIZE)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, axis="x")
 
 
 def plot_tradeoff(points: Sequence[Mapping], path: str | os.PathLike, device: str) -> None:
-    """Figure 1 of the paper: top-1 over images per second, a line for each family of networks.
+    """Draw Figure 1 of the paper: top-1 over images per second, one line per family of networks.
 
     Args:
-        points: of [`tradeoff_points`]: `label`, `family`, `images_per_second` (measured), `top1` (fraction in [0, 1],
-            the paper's).
-        path: the file to write; its suffix chooses the format. Missing folders are created.
-        device: where the throughput was measured, for the axis.
+        points: what [`tradeoff_points`] returns: `label`, `family`, `images_per_second` (measured) and `top1`
+            (fraction in [0, 1], the paper's).
+        path: the file to write; its suffix selects the format. Missing folders are created.
+        device: the machine on which the throughput was measured, for the label of the axis.
 
     Raises:
-        ValueError: without points.
+        ValueError: if `points` is empty.
     """
     if not points:
-        raise UserError("no points to draw: measure models of the paper's Table 5")
+        raise UserError("there are no points to draw: measure at least one model of the paper's Table 5")
     families: dict[str, list[Mapping]] = {}
     for point in sorted(points, key=lambda point: point["images_per_second"]):
         families.setdefault(point["family"], []).append(point)
     named = [family for family in FAMILIES if family in families]
     others = sorted(set(families) - set(named))
 
-    figure = _figure(11, 7)
+    figure = new_figure(11, 7)
     axes = figure.subplots()
     for number, family in enumerate([*named, *others]):
         rates = [point["images_per_second"] for point in families[family]]
@@ -158,4 +162,4 @@ def plot_tradeoff(points: Sequence[Mapping], path: str | os.PathLike, device: st
     axes.grid(alpha=0.25)
     axes.tick_params(labelsize=TICK_SIZE)
     axes.legend(fontsize=TICK_SIZE, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)

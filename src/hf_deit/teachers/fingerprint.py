@@ -1,4 +1,4 @@
-"""What a teacher's outputs depend on, besides the teacher: which pixels it sees at which position."""
+"""Fingerprint of the training views: everything except the teacher that decides the teacher outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..data.views import TrainViews
 from ..errors import UserError
 
 
-# Images whose bytes are part of the fingerprint, spread evenly over the set.
+# Number of images whose bytes are part of the fingerprint, spread evenly over the dataset.
 SAMPLED_IMAGES = 8
 
 
@@ -27,24 +27,25 @@ def fingerprint_of_views(
     std: Sequence[float],
     class_names: Sequence[str],
 ) -> dict[str, object]:
-    """All that decides which pixels the teacher sees at which position, by name; values are JSON.
+    """Return everything that decides which pixels the teacher sees at which position, by name; values are JSON.
 
-    Where the images lie is no part of it, nor is what only the student meets (loss, label smoothing, learning rate,
-    length of the run).
+    The fingerprint excludes the location of the images and settings that affect only the student (loss, label
+    smoothing, learning rate, length of the run).
 
     Args:
         views: the training set.
-        settings: of the run, see [`DistillationConfig.view_settings`].
-        mean, std: per channel, what pixels in [0, 1] are normalised with.
-        class_names: the student's, in their order.
+        settings: settings of the run, see [`DistillationConfig.view_settings`].
+        mean, std: per channel, to normalise pixels in [0, 1] with.
+        class_names: class names of the student, in order.
 
     Raises:
-        ValueError: the training set is no [`TrainViews`].
+        ValueError: the training set is not a [`TrainViews`].
     """
     if not isinstance(views, TrainViews):
         raise UserError(
-            f"the training set is a {type(views).__name__}, and a teacher's outputs can be recorded and replayed for "
-            "TrainViews only: other sets don't say which view of the run an example is"
+            f"the training set is a {type(views).__name__}, but teacher outputs can be recorded and replayed for "
+            "TrainViews only, because other datasets do not number their views: use TrainViews, or leave out "
+            "teacher_record and teacher_replay"
         )
     fingerprint = {
         "images": len(views),
@@ -68,27 +69,28 @@ def fingerprint_of_views(
 
 
 def fingerprint_of_images(images: Any) -> str:
-    """16 hexadecimal digits of the labels and of the encoded bytes of 8 images, wherever these lie.
+    """Return 16 hexadecimal digits that depend on all labels and on the encoded bytes of 8 images.
 
-    Of a stream, whose labels would have to be fetched, only the labels of the eight.
+    For a stream, whose labels would have to be downloaded, only the labels of the 8 images count.
     """
     is_stream = hasattr(images, "block_sizes")
     if is_stream:
-        images, labels = images.take(len(images)), []  # a copy: the blocks that are read here are not kept
+        images, labels = images.take(len(images)), []  # a copy, so that the row groups read here are not kept
     elif hasattr(images, "with_format"):
         labels = images.with_format("numpy")["label"][:]
     else:
         labels = [row["label"] for row in images] if isinstance(images, (list, tuple)) else []
     digest = hashlib.sha256(np.asarray(labels, "<i8").tobytes())
     sample = sorted(set(np.linspace(0, len(images) - 1, SAMPLED_IMAGES).astype(int).tolist()))
-    for row in images.__getitems__(sample) if is_stream else [images[index] for index in sample]:
+    sampled: Any = images
+    for row in sampled.__getitems__(sample) if is_stream else [images[index] for index in sample]:
         digest.update(str(row["label"]).encode())
         digest.update(hashlib.sha256(_encoded(row["image"] or {})).digest())
     return digest.hexdigest()[:16]
 
 
 def _shown(value: object) -> object:
-    """What stands in record.json for a parameter of the transform."""
+    """Return the text or number that record.json holds for a parameter of the transform."""
     if isinstance(value, (int, float, str)):
         return value
     text = re.sub(r" at 0x[0-9a-f]+", "", repr(value))
@@ -100,10 +102,10 @@ def _encoded(image: Mapping) -> bytes:
         return image.get("bytes") or b""
     try:
         return Path(image["path"]).read_bytes()
-    except OSError:  # a damaged image, whose neighbour is shown
+    except OSError:  # a damaged image, which training replaces by its neighbour
         return b""
 
 
 def digest(data: bytes) -> str:
-    """The first 16 hexadecimal digits of the SHA-256."""
+    """Return the first 16 hexadecimal digits of the SHA-256."""
     return hashlib.sha256(data).hexdigest()[:16]

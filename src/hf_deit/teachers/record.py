@@ -1,26 +1,26 @@
-"""Ask the teacher once: its answers to every view of a run, written down, and replayed to further students.
+"""Record of teacher outputs: run the teacher once, store its outputs for every view, replay them to other students.
 
-A view is a pure function of (seed, epoch, position), and what becomes of it on the device one of its batch, so the
-teacher's answer belongs to (epoch, position) and needs no teacher a second time. A record is a directory:
-`record.json` says what it was asked about, `answers-<epoch>.bin` has one row of fixed size for each position of an
-epoch:
+A view is a pure function of (seed, epoch, position), and mixing on the device is a pure function of the batch, so the
+teacher outputs of a view are identified by (epoch, position). A record is a directory: `record.json` holds everything
+the outputs depend on, and `answers-<epoch>.bin` has one row of fixed size for each position of an epoch:
 
     hard            class + 1 (2 bytes; 300 epochs of ImageNet's 1.28M views: 0.8 GB)
-    soft            the same, then all logits as float32; what is replayed is what was recorded, bit for bit
-    soft, k largest the same, then k classes (2 bytes), their logits (float32), and the log of the sum of the
+    soft            class + 1, then all logits as float32; the replayed logits equal the recorded ones bit for bit
+    soft, k largest class + 1, then k classes (2 bytes), their logits (float32), and the log of the sum of the
                     exponentials of the other logits (float32): 6 k + 6 bytes
 
-A row of zeros is a view nobody has asked about, so a file can be laid out in full (and takes no room until it is
-filled) before its rows come in any order, from any rank.
+A row of zeros is a view that was not recorded, so a file can have its full size from the start (it takes no space
+until rows are written), and rows can be written in any order, by any rank.
 
-**The k largest logits are an approximation.** The probability they leave, at temperature 1, is spread evenly over the
-other classes; at the higher temperatures of eq. 2 these then have more of it than the teacher gave them.
+**The k largest logits are an approximation.** The remaining probability, at temperature 1, is spread evenly over the
+other classes; at the higher temperatures of eq. 2 these classes then get more probability than the teacher gave them.
 
-Everything the answers depend on is compared before a row is used; any difference is refused by name. Not compared: the
-versions of libraries, which get a warning, and damage to images since. A record holds numbers and JSON, no code.
+Everything the outputs depend on is compared before a row is used, and any difference is an error that names it. Not
+compared: library versions, which only cause a warning, and images damaged later. A record holds numbers and JSON, no
+code.
 
-Source: no peer has it whole. Shen and Xing 2021 (arXiv 2112.01528) and Wu et al. 2022 (TinyViT, arXiv 2207.10666)
-store the largest of a teacher's probabilities, per crop and per seed of a view.
+Source: no other project does all of this. Shen and Xing 2021 (arXiv 2112.01528) and Wu et al. 2022 (TinyViT, arXiv
+2207.10666) store the largest of a teacher's probabilities, per crop and per seed of a view.
 """
 
 from __future__ import annotations
@@ -51,16 +51,13 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 HEADER = "record.json"
 MAX_HEADER_BYTES = 1 << 20
-MAX_CLASSES = 2**16 - 1  # class + 1 in two bytes
-# Libraries whose versions may change a pixel by a level.
+MAX_CLASSES = 2**16 - 1  # class + 1 is stored in two bytes
+# Libraries whose versions may change a pixel value by 1 of 255.
 LIBRARIES = ("Pillow", "torch", "albumentations", "opencv-python-headless", "opencv-python", "simplejpeg")
 
 
-# --- what the answers depend on --------------------------------------------------------------------------------------
-
-
 def versions_here() -> dict[str, str]:
-    """Versions of hf_deit and of the libraries that may change a pixel by a level, and the GPU."""
+    """Return the versions of hf_deit and of the libraries that may change a pixel value by 1 of 255, and the GPU."""
     versions = {"hf_deit": __version__}
     for library in LIBRARIES:
         try:
@@ -72,20 +69,17 @@ def versions_here() -> dict[str, str]:
     return versions
 
 
-# --- the directory ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Header:
-    """What record.json says.
+    """Content of record.json.
 
     Attributes:
         kind: "hard" or "soft".
-        top_k: logits kept of a view; None for "hard".
-        steps: every view of the optimiser steps before this number is recorded.
-        teacher: `name`, `sha256`, `num_parameters` and the `device` it answered on.
+        top_k: number of logits kept per view; None for "hard".
+        steps: number of optimizer steps, from the start of the run, whose views are all recorded.
+        teacher: `name`, `sha256`, `num_parameters`, and the `device` that the teacher ran on.
         fingerprint: see [`fingerprint_of_views`].
-        versions: by library.
+        versions: version by library.
     """
 
     kind: str
@@ -98,10 +92,10 @@ class Header:
 
     @classmethod
     def read(cls, directory: Path) -> Header:
-        """Checks types and ranges: the file may come from a stranger.
+        """Read record.json and check types and ranges, because the file may come from a stranger.
 
         Raises:
-            ValueError: there is none, it cannot be read, or another version wrote it.
+            ValueError: record.json is missing, damaged, or of another format version.
         """
         path = directory / HEADER
         try:
@@ -109,7 +103,7 @@ class Header:
                 found = json.loads(file.read(MAX_HEADER_BYTES).decode())
             if found["format"] != FORMAT:
                 raise UserError(
-                    f"it is of format {found['format']!r}, and this version of hf_deit knows {FORMAT}: record anew"
+                    f"its format is {found['format']!r}, and this version of hf_deit reads {FORMAT}: record anew"
                 )
             header = cls(**found)
             teacher = header.teacher
@@ -121,35 +115,38 @@ class Header:
             good &= isinstance(header.fingerprint, dict) and isinstance(header.versions, dict)
         except FileNotFoundError as error:
             raise UserError(
-                f"{str(directory)!r} holds no {HEADER}: it is no record of a teacher's answers, which teacher_record "
-                "makes, or not on a file system that all processes share"
+                f"{str(directory)!r} holds no {HEADER}: name a directory that was written by teacher_record, on a "
+                "file system that all processes share"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{str(path)!r} cannot be read: {error}") from error
         if not good:
-            raise UserError(f"{str(path)!r} is damaged: kind, top_k, steps or teacher are not what is written there")
+            raise UserError(
+                f"{str(path)!r} is damaged: a value of kind, top_k, steps, teacher, fingerprint or versions is out of "
+                "range or of the wrong type. Copy the record again, or record anew"
+            )
         return header
 
     def write(self, directory: Path) -> None:
-        """Whole or not at all, and on the disk."""
+        """Write record.json atomically, and flush it to the disk."""
         descriptor, aside = tempfile.mkstemp(prefix=HEADER, dir=directory)
         with open(descriptor, "w", encoding="utf-8") as file:
             json.dump(asdict(self), file, indent=1)
             file.flush()
             os.fsync(descriptor)
-        os.chmod(aside, 0o644)  # of a temporary file nobody else may read
+        os.chmod(aside, 0o644)  # temporary files are readable by their owner only
         os.replace(aside, directory / HEADER)
         flush(directory)
 
     @property
     def answers_of(self) -> dict[str, object]:
-        """Who was asked what: the same answers come of the same."""
+        """Everything the recorded outputs depend on: kind, top_k, teacher weights, device, fingerprint of views."""
         teacher = {f"the teacher's {name}": self.teacher[name] for name in ("sha256", "device")}
         return {"kind": self.kind, "top_k": self.top_k} | teacher | self.fingerprint
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(1, self.fingerprint["images"] // self.fingerprint["views of a step"])  # 0: refused by the trainer
+        return max(1, self.fingerprint["images"] // self.fingerprint["views of a step"])  # the trainer refuses 0
 
     @property
     def views_per_epoch(self) -> int:
@@ -157,7 +154,7 @@ class Header:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of one row; see the head of this file."""
+        """Layout of one row; see the module docstring."""
         columns = [("decision", "<u2")]
         if self.kind == "soft" and self.keeps_all_logits:
             columns += [("logits", "<f4", (self.top_k,))]
@@ -171,7 +168,7 @@ class Header:
 
     @property
     def what(self) -> str:
-        """What is recorded, in words."""
+        """Name of the recorded outputs, for messages."""
         if self.kind == "hard":
             return "decisions"
         return "logits" if self.keeps_all_logits else f"{self.top_k} largest logits"
@@ -181,10 +178,10 @@ class Header:
 
 
 def is_recorded(directory: str | os.PathLike, epochs: float) -> bool:
-    """Whether a record lies there that is as long as a run of so many epochs.
+    """Return True if `directory` holds a record of at least `epochs` epochs.
 
     Raises:
-        ValueError: record.json is damaged, or of another version.
+        ValueError: record.json is damaged, or of another format version.
     """
     if not Path(directory, HEADER).exists():
         return False
@@ -193,7 +190,7 @@ def is_recorded(directory: str | os.PathLike, epochs: float) -> bool:
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """Each field that is another one now, with both values."""
+    """Describe each field that differs, with both values."""
     return "; ".join(
         f"{name} is {now.get(name)!r}, recorded with {before.get(name)!r}"
         for name in {**now, **before}
@@ -202,45 +199,38 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
 
 
 def answers_file(directory: Path, epoch: int) -> Path:
-    """The file of one epoch's rows."""
+    """Return the path of the file with the rows of one epoch."""
     return directory / f"answers-{epoch:05d}.bin"
 
 
 def warn(message: str, *values: object) -> None:
-    """Log a warning once, not once a rank."""
+    """Log a warning on the main process only."""
     if PartialState().is_main_process:
         logger.warning(message, *values)
 
 
 def warn_of_approximation(header: Header) -> None:
-    """Say that the record keeps fewer than all logits, where it does."""
+    """Warn if the record keeps only the largest logits."""
     if header.kind == "soft" and not header.keeps_all_logits:
         warn(
-            "the teacher's answers are kept as their %d largest logits of %d: the rest of the probability, at "
-            "temperature 1, is taken to be spread evenly over the other classes, which is an approximation "
-            "(teacher_top_k: %d for the logits themselves)",
+            "teacher outputs are approximated by the %d largest logits of %d: the remaining probability, at "
+            "temperature 1, is spread evenly over the other classes; record with teacher_top_k: %d to keep all logits",
             *(header.top_k, header.fingerprint["classes"], header.fingerprint["classes"]),
         )
 
 
 def first_of_batch(view_ids: np.ndarray | None, batch_size: int) -> tuple[int, int]:
-    """Epoch and first position of a batch, whose views must be those that the fingerprint's layout says."""
+    """Return the epoch and first position of a batch, after checking that its views are consecutive."""
     if view_ids is None:
         raise UserError(
-            "the batch has no view_ids, so nobody knows which answers are its own: collate TrainViews with "
-            "collate_views, or leave out teacher_record and teacher_replay"
+            "the batch has no view_ids, which identify its teacher outputs: use TrainViews with collate_views, or "
+            "leave out teacher_record and teacher_replay"
         )
     (epoch, first), count = view_ids[0].tolist(), len(view_ids)
     in_a_row = (view_ids == np.stack([np.full(count, epoch), np.arange(first, first + count)], axis=1)).all()
     if count != batch_size or first % batch_size or not in_a_row:
         raise UserError(
             f"a batch of {count} views begins at position {first} of epoch {epoch}; expected {batch_size} views in a "
-            f"row from a multiple of {batch_size}, as the trainer's own loader deals them out (split_batches: false)"
+            f"row from a multiple of {batch_size}: use the trainer's own data loader, with split_batches: false"
         )
     return epoch, first
-
-
-# --- recording -------------------------------------------------------------------------------------------------------
-
-
-# --- replaying -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A teacher whose outputs are written down while a run trains."""
+"""Recording: runs the teacher in training and writes its outputs to a record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from ..durable import flush
 from ..errors import UserError
-from ..processes import by_one_process
+from ..processes import on_main_process
 from .record import (
     HEADER,
     MAX_CLASSES,
@@ -32,28 +32,28 @@ from .teacher import Teacher
 
 
 class RecordingTeacher(TrainerCallback):
-    """A teacher whose answers are written down as they are given; every rank writes its own.
+    """Teacher that records its outputs while it runs; every rank writes the outputs of its own views.
 
-    The directory is made, or gone on with where it holds the same record: an interrupted run that resumes writes the
-    same answers again. [`commit`][RecordingTeacher.commit] puts them on the disk; [`DistillationTrainer`] calls it
-    before each checkpoint.
+    The directory is created if it does not exist. A run that resumes continues its own record and writes the same
+    outputs again. [`commit`][RecordingTeacher.commit] flushes the outputs to the disk; [`DistillationTrainer`] calls
+    `commit` before each checkpoint.
 
     Args:
-        teacher: the one whose outputs are recorded.
-        fingerprint: makes that of the run (see [`fingerprint_of_views`]); called on one process.
-        directory: of the record, on a file system that all ranks share.
+        teacher: teacher whose outputs are recorded.
+        fingerprint: returns the fingerprint of the run (see [`fingerprint_of_views`]); called on one process.
+        directory: directory of the record, on a file system that all ranks share.
         kind: "hard" or "soft", the distillation type.
-        top_k: of "soft", how many logits of a view are kept.
+        top_k: number of logits kept per view, for "soft".
         batch_size: views in a batch of one device.
-        device: where the teacher runs, which the precision of its outputs depends on.
+        device: device that the teacher runs on, which affects the precision of its outputs.
 
     Raises:
-        ValueError: the directory holds a record of something else, other files or links, or cannot be written; there
-            are more than 65,535 classes; when training starts, the run goes on from a step the record has not
+        ValueError: the directory holds the record of another run, other files or links, or cannot be written; there
+            are more than 65,535 classes; when training starts, the run resumes from a step that the record has not
             reached.
     """
 
-    replays = None
+    replays: str | None = None
 
     def __init__(
         self,
@@ -78,16 +78,19 @@ class RecordingTeacher(TrainerCallback):
         }
 
         def begin() -> Header:
-            asked = fingerprint()
-            if not 0 < asked["classes"] <= MAX_CLASSES:
-                raise UserError(f"there are {asked['classes']:,} classes; a record holds at most {MAX_CLASSES:,}")
-            kept = min(top_k, asked["classes"]) if kind == "soft" else None
-            return self._begin(Header(kind, kept, 0, facts, asked, versions_here()))
+            views = fingerprint()
+            if not 0 < views["classes"] <= MAX_CLASSES:
+                raise UserError(
+                    f"there are {views['classes']:,} classes; a record holds at most {MAX_CLASSES:,}: leave out "
+                    "teacher_record"
+                )
+            kept = min(top_k, views["classes"]) if kind == "soft" else None
+            return self._begin(Header(kind, kept, 0, facts, views, versions_here()))
 
-        self.header = by_one_process(begin)
-        Header.read(self.directory)  # by every rank: is it there?
+        self.header = on_main_process(begin)
+        Header.read(self.directory)  # on every rank, to check that all ranks share the file system
         warn_of_approximation(self.header)
-        self._asked: list[tuple[int, int, Tensor]] = []  # of this step: epoch, first position, logits
+        self._pending: list[tuple[int, int, Tensor]] = []  # outputs of this step: epoch, first position, logits
         self._open: tuple[int, int] | None = None  # epoch and file descriptor
 
     def _begin(self, header: Header) -> Header:
@@ -96,8 +99,8 @@ class RecordingTeacher(TrainerCallback):
             entries = list(self.directory.iterdir())
             if links := [entry.name for entry in entries if entry.is_symlink()]:
                 raise UserError(
-                    f"teacher_record {str(self.directory)!r} holds the link {links[0]!r}, and a run would write where "
-                    "it points: remove it, or choose another directory"
+                    f"teacher_record {str(self.directory)!r} holds the link {links[0]!r}, and the run would write "
+                    "where the link points: remove the link, or choose another directory"
                 )
             if not entries:
                 header.write(self.directory)
@@ -107,13 +110,13 @@ class RecordingTeacher(TrainerCallback):
         if not any(entry.name == HEADER for entry in entries):
             raise UserError(
                 f"teacher_record {str(self.directory)!r} holds {entries[0].name!r} and no {HEADER}: choose a "
-                "directory that is empty or not there"
+                "directory that is empty or does not exist"
             )
         found = Header.read(self.directory)
         if changes := differences(found.answers_of, header.answers_of):
             raise UserError(
                 f"teacher_record {str(self.directory)!r} holds the record of another run: {changes}. Choose "
-                "another directory, or set these as they were"
+                "another directory, or restore these settings"
             )
         return found
 
@@ -123,50 +126,50 @@ class RecordingTeacher(TrainerCallback):
         return self.teacher
 
     def describe(self) -> str:
-        """One line for the start of a run."""
+        """Return one line for the banner of a run."""
         return f"{self.teacher.describe()}, its {self.header.what} recorded in {self.directory}"
 
     def __call__(self, pixel_values: Tensor, view_ids: np.ndarray | None = None) -> Tensor:
-        """The teacher's logits, float32 `(batch, classes)`; they are written when the step is found to be good.
+        """Return the teacher's logits, float32 `(batch, classes)`, and record them if the step is healthy.
 
         Args:
-            pixel_values: what the teacher reads.
+            pixel_values: normalised pixels, input of the teacher.
             view_ids: `(batch, 2)` int64, epoch and position of each view, on the host.
         """
         epoch, first = first_of_batch(view_ids, self.batch_size)
         logits = self.teacher(pixel_values)
-        self._asked.append((epoch, first, logits))
+        self._pending.append((epoch, first, logits))
         return logits
 
-    # What the Trainer calls
+    # Called by the Trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._asked = []  # of a step that failed
+        self._pending = []  # drops the outputs of a step that failed
         if state.global_step > self.header.steps:
             raise UserError(
-                f"this run goes on from step {state.global_step:,}, and teacher_record {str(self.directory)!r} has "
-                f"the answers of the first {self.header.steps:,} only: those between would be missing. Record from "
-                "the start, in an output_dir of its own"
+                f"this run resumes from step {state.global_step:,}, but teacher_record {str(self.directory)!r} holds "
+                f"teacher outputs of the first {self.header.steps:,} steps only, so those between would be missing: "
+                "record from the first step, in a new output_dir"
             )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Here the trainer has just waited for the device, so that reading from it costs no time."""
-        self._write_asked()
+        """Write the outputs of this step: the trainer has just waited for the device, so reading costs no time."""
+        self._write_pending()
 
     def on_train_end(self, args, state, control, **kwargs):
         self.commit(state.global_step)
 
-    # What the trainer of this package calls
+    # Called by DistillationTrainer
 
     def commit(self, steps: int) -> None:
-        """What was recorded is on the disk, on all ranks, and then record.json says that `steps` are.
+        """Flush the recorded outputs of all ranks to the disk, then set `steps` in record.json.
 
-        Called by every rank at the same step.
+        Every rank calls this at the same step.
 
         Raises:
-            ValueError: it could not be written.
+            ValueError: the record could not be written.
         """
-        self._write_asked()
+        self._write_pending()
         self._close()
         PartialState().wait_for_everyone()
         self.header = replace(self.header, steps=max(steps, self.header.steps))
@@ -176,24 +179,24 @@ class RecordingTeacher(TrainerCallback):
             except OSError as error:
                 raise self._unwritable(error) from error
 
-    def _write_asked(self) -> None:
-        for epoch, first, logits in self._asked:
+    def _write_pending(self) -> None:
+        for epoch, first, logits in self._pending:
             rows = self._rows(logits)
             try:
-                # Not through mapped memory: of a page that two hosts write, one half would be lost.
+                # No memory mapping: if two hosts wrote to the same page, the rows of one would be lost.
                 written = os.pwrite(self._descriptor(epoch), rows.tobytes(), first * rows.itemsize)
             except OSError as error:
                 raise self._unwritable(error) from error
             if written != rows.nbytes:
-                raise self._unwritable(f"{written} of {rows.nbytes} bytes were taken")
-        self._asked = []
+                raise self._unwritable(f"only {written} of {rows.nbytes} bytes were written")
+        self._pending = []
 
     def _rows(self, logits: Tensor) -> np.ndarray:
         rows = np.zeros(len(logits), self.header.dtype)
         rows["decision"] = logits.argmax(dim=1).cpu().numpy() + 1
         if self.header.kind == "soft" and self.header.keeps_all_logits:
             rows["logits"] = logits.cpu().numpy()
-        elif self.header.kind == "soft":
+        elif self.header.top_k is not None:
             largest, classes = logits.topk(self.header.top_k, dim=1)
             rest = logits.scatter(1, classes, -math.inf).logsumexp(dim=1)
             for name, values in {"classes": classes, "logits": largest, "rest": rest}.items():
@@ -209,10 +212,10 @@ class RecordingTeacher(TrainerCallback):
             found, expected = os.fstat(descriptor), self.header.views_per_epoch * self.header.dtype.itemsize
             if not stat.S_ISREG(found.st_mode) or found.st_size not in (0, expected):
                 raise UserError(
-                    f"{str(path)!r} has {found.st_size:,} bytes, expected {expected:,}: it is damaged. Delete the "
-                    "directory and record anew"
+                    f"{str(path)!r} has {found.st_size:,} bytes, expected {expected:,}: the file is damaged. Delete "
+                    "the directory and record anew"
                 )
-            os.ftruncate(descriptor, expected)  # by each rank, to the same size
+            os.ftruncate(descriptor, expected)  # every rank sets the same size
         return self._open[1]
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""A record of teacher outputs in the place of the teacher."""
+"""Replaying: reads teacher outputs from a record instead of running the teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import UserError
-from ..processes import by_one_process
+from ..processes import on_main_process
 from .record import (
     HEADER,
     Header,
@@ -29,25 +29,25 @@ from .teacher import Teacher
 
 
 class ReplayedTeacher(TrainerCallback):
-    """A record in the place of its teacher.
+    """Source of teacher outputs that reads a record instead of running the teacher.
 
     Args:
-        fingerprint: makes that of the run (see [`fingerprint_of_views`]); called on one process.
-        directory: of the record.
-        kind: "hard" or "soft", what the loss needs.
+        fingerprint: returns the fingerprint of the run (see [`fingerprint_of_views`]); called on one process.
+        directory: directory of the record.
+        kind: "hard" or "soft", the distillation type.
         batch_size: views in a batch of one device.
-        teacher: where it is there too, for its accuracy; then it must be the recorded one.
+        teacher: the recorded teacher, optional, to report its accuracy.
 
     Attributes:
-        name: of the teacher that was recorded.
-        sha256: of its weights.
-        num_parameters: of it.
-        replays: what is replayed, in words.
-        classifier: the teacher itself, where it is in memory; it is run in evaluations only.
+        name: name of the recorded teacher.
+        sha256: fingerprint of the teacher's weights.
+        num_parameters: number of parameters of the teacher.
+        replays: name of the replayed outputs, for messages.
+        classifier: the teacher itself if given, else None; it is run in evaluations only.
 
     Raises:
-        ValueError: there is no record, it is damaged, or of something else; "soft" is asked for and decisions were
-            recorded; when training starts, the run is longer than the record.
+        ValueError: the record is missing, damaged or of another run; `kind` is "soft" and the record holds decisions
+            only; `teacher` is not the recorded one; when training starts, the run is longer than the record.
     """
 
     def __init__(
@@ -63,40 +63,43 @@ class ReplayedTeacher(TrainerCallback):
         self.classifier = teacher
         self.batch_size = batch_size
         self.decides = kind == "hard"
-        self.header = by_one_process(lambda: self._open(fingerprint()))
+        self.header = on_main_process(lambda: self._open(fingerprint()))
         self.name = self.header.teacher["name"]
         self.sha256 = self.header.teacher["sha256"]
         self.num_parameters = self.header.teacher["num_parameters"]
         self.replays = "decisions" if self.decides else self.header.what
-        self._check_sizes()  # by every rank
+        self._check_sizes()  # on every rank
         if not self.decides and self.header.kind == "hard":
             raise UserError(
-                f"distillation_type is 'soft' and teacher_replay {str(self.directory)!r} holds the teacher's "
+                f"distillation_type is 'soft', but teacher_replay {str(self.directory)!r} holds the teacher's "
                 "decisions only: use 'hard', or record anew with distillation_type 'soft'"
             )
         if teacher is not None and teacher.sha256 != self.sha256:
             raise UserError(
-                f"teacher {teacher.name!r} has the weights {teacher.sha256}, and teacher_replay "
-                f"{str(self.directory)!r} the answers of {self.name!r}, {self.sha256}: give that one, or leave it out"
+                f"teacher {teacher.name!r} has the weights {teacher.sha256}, but teacher_replay "
+                f"{str(self.directory)!r} holds outputs of {self.name!r} with the weights {self.sha256}: set teacher "
+                "to the recorded one, or leave it out"
             )
         if not self.decides:
             warn_of_approximation(self.header)
-        self._rows: tuple[int, np.ndarray] | None = None  # epoch and its file, in mapped memory
+        self._rows: tuple[int, np.ndarray] | None = None  # epoch and its memory-mapped file
 
     def _open(self, fingerprint: dict) -> Header:
         header = Header.read(self.directory)
         if changes := differences(header.fingerprint, fingerprint):
             raise UserError(
-                f"teacher_replay {str(self.directory)!r} holds answers to other views than this run's: {changes}. "
-                "Set these as they were recorded, or record anew with teacher_record"
+                f"teacher_replay {str(self.directory)!r} holds teacher outputs for other views: {changes}. Use the "
+                "recorded settings, or record anew with teacher_record"
             )
         if header.kind == "soft" and header.top_k > fingerprint["classes"]:
-            raise UserError(f"{str(self.directory / HEADER)!r} is damaged: {header.top_k} logits of fewer classes")
+            raise UserError(
+                f"{str(self.directory / HEADER)!r} is damaged: top_k is {header.top_k}, above the number of classes"
+            )
         for library, here in versions_here().items():
             if header.versions.get(library, here) != here:
                 warn(
-                    "teacher_replay %r was recorded with %s %r, and here is %r: pixels may differ by a level from "
-                    "those the teacher saw",
+                    "teacher_replay %r was recorded with %s %r, but this run uses %r: pixel values may differ by 1 of "
+                    "255 from those that the teacher saw",
                     *(str(self.directory), library, header.versions[library], here),
                 )
         return header
@@ -108,26 +111,28 @@ class ReplayedTeacher(TrainerCallback):
             try:
                 found = path.stat()
             except OSError as error:
-                raise UserError(f"{str(path)!r} cannot be read ({error.strerror}): record anew") from error
+                raise UserError(
+                    f"{str(path)!r} cannot be read ({error.strerror}): copy the record again, or record anew"
+                ) from error
             if not stat.S_ISREG(found.st_mode) or found.st_size != expected:
                 raise UserError(
-                    f"{str(path)!r} has {found.st_size:,} bytes, expected {expected:,}: it is damaged. Copy it again, "
-                    "or record anew"
+                    f"{str(path)!r} has {found.st_size:,} bytes, expected {expected:,}: the file is damaged. Copy "
+                    "the record again, or record anew"
                 )
 
     def commit(self, steps: int) -> None:
-        """Nothing is recorded; see [`TeacherOutputs`]."""
+        """Do nothing, because nothing is recorded; see [`TeacherOutputs`]."""
 
     def describe(self) -> str:
-        """One line for the start of a run."""
+        """Return one line for the banner of a run."""
         run = "not in memory" if self.classifier is None else "run in evaluations only"
         return f"{self.name}, its {self.replays} replayed from {self.directory}; {run}"
 
     def __call__(self, pixel_values: Tensor, view_ids: np.ndarray | None = None) -> Tensor:
-        """What the teacher answered: int64 decisions `(batch,)` for "hard", float32 logits `(batch, classes)`.
+        """Return the teacher outputs: int64 decisions `(batch,)` for "hard", else float32 logits `(batch, classes)`.
 
         Args:
-            pixel_values: not looked at; the answers go to its device.
+            pixel_values: used only for its device, on which the outputs are returned.
             view_ids: `(batch, 2)` int64, epoch and position of each view, on the host.
 
         Raises:
@@ -149,8 +154,8 @@ class ReplayedTeacher(TrainerCallback):
         recorded = self.header.steps
         if state.max_steps > recorded:
             raise UserError(
-                f"this run takes {self.header.epochs(state.max_steps)}, and teacher_replay {str(self.directory)!r} "
-                f"has the answers of {self.header.epochs(recorded)}: shorten this run, or let the recording one go on"
+                f"this run takes {self.header.epochs(state.max_steps)}, but teacher_replay {str(self.directory)!r} "
+                f"holds {self.header.epochs(recorded)}: shorten this run, or resume the recording run"
             )
 
     def _read(self, epoch: int, first: int) -> np.ndarray:
@@ -161,27 +166,29 @@ class ReplayedTeacher(TrainerCallback):
                 )
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"teacher_replay {str(self.directory)!r} has no answers of epoch {epoch} ({error}): let the run "
-                    "that recorded go on, or shorten this one"
+                    f"teacher_replay {str(self.directory)!r} has no teacher outputs for epoch {epoch} ({error}): "
+                    "resume the recording run, or shorten this run"
                 ) from error
             self._rows = epoch, mapped
         rows = np.array(self._rows[1][first : first + self.batch_size])
         missing = np.flatnonzero(rows["decision"] == 0)
         if len(missing):
             raise UserError(
-                f"teacher_replay {str(self.directory)!r} has no answer for position {first + missing[0]} of epoch "
-                f"{epoch}, which was never recorded: let the run that recorded go on, or shorten this one"
+                f"teacher_replay {str(self.directory)!r} has no teacher outputs for position {first + missing[0]} of "
+                f"epoch {epoch}: resume the recording run, or shorten this run"
             )
         classes = self.header.fingerprint["classes"]
-        if rows["decision"].max() > classes or ("classes" in rows.dtype.names and rows["classes"].max() >= classes):
+        if rows["decision"].max() > classes or (
+            "classes" in (rows.dtype.names or ()) and rows["classes"].max() >= classes
+        ):
             raise UserError(
-                f"{str(answers_file(self.directory, epoch))!r} is damaged: from position {first} on it names a "
-                f"class beyond the {classes}. Copy it again, or record anew"
+                f"{str(answers_file(self.directory, epoch))!r} is damaged: a row from position {first} on has "
+                f"a class above {classes - 1}. Copy the record again, or record anew"
             )
         return rows
 
 
 def _to(device: torch.device, values: np.ndarray) -> Tensor:
-    """Without waiting for what the device has still to do."""
+    """Copy to the device without waiting for its pending work."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

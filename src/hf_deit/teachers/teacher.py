@@ -93,7 +93,7 @@ def load_teacher(
 
 def _split(spec: Spec | Sequence[Spec]) -> list[Spec]:
     if isinstance(spec, str) and not os.path.exists(spec):
-        specs = [part.strip() for part in spec.split(",") if part.strip()]
+        specs: list[Any] = [part.strip() for part in spec.split(",") if part.strip()]
     else:
         specs = list(spec) if isinstance(spec, (list, tuple)) else [spec]
     if not specs:
@@ -154,7 +154,7 @@ class Teacher(nn.Module):
         id2label: class names of the logits, None when neither teacher nor student has names.
     """
 
-    replays = None
+    replays: str | None = None
 
     def __init__(self, members: Sequence[_Member], id2label: dict[int, str] | None):
         super().__init__()
@@ -228,12 +228,14 @@ class _Member(FrozenClassifier):
             channels = list(zip(mean, std, own_mean, own_std, strict=True))
             scale = torch.tensor([[[s / own_s]] for _, s, _, own_s in channels], device=device)
             shift = torch.tensor([[[(m - own_m) / own_s]] for m, _, own_m, own_s in channels], device=device)
+        self.scale: Tensor | None
+        self.shift: Tensor | None
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
         self.image_size = as_pair(image_size) if image_size else None  # None: the size of the student's pixels
         size = self.image_size or found.image_size or (224, 224)
-        self.num_labels = logits_of(self.probe(size)).shape[1]
+        self.num_labels = self._logits(self.probe(size)).shape[1]
         if self.image_size is None and self._is_fixed(found, size):
             self.image_size = size
         folded = self._fold(size) if folds else 0
@@ -246,11 +248,11 @@ class _Member(FrozenClassifier):
         if self.model.training:  # a caller that kept the bare model may have switched it to training
             self.model.eval()
         pixels = pixel_values.float()
-        if self.scale is not None:
+        if self.scale is not None and self.shift is not None:
             pixels = pixels * self.scale + self.shift
         if self.image_size is not None and pixels.shape[-2:] != self.image_size:
             pixels = F.interpolate(pixels, size=self.image_size, mode="bicubic", antialias=True)
-        return self.in_wanted_order(logits_of(self.run(pixels)).float())
+        return self.in_wanted_order(self._logits(self.run(pixels)).float())
 
     def run(self, pixel_values: Tensor) -> Any:
         kind = pixel_values.device.type
@@ -261,10 +263,16 @@ class _Member(FrozenClassifier):
         with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
             return self.model(pixel_values.contiguous(memory_format=torch.channels_last))
 
+    @staticmethod
+    def _logits(output: Any) -> Tensor:
+        logits = logits_of(output)
+        assert logits is not None  # the probe has refused what returns none
+        return logits
+
     def _fold(self, size: tuple[int, int]) -> int:
         noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
         pixels = noise.to(self.device, memory_format=torch.channels_last)
-        return fold_batch_norms(self.model, lambda: logits_of(self.model(pixels)))
+        return fold_batch_norms(self.model, lambda: self._logits(self.model(pixels)))
 
     def _is_fixed(self, found: FoundClassifier, size: tuple[int, int]) -> bool:
         if found.fixed_size is not None or found.image_size is None:

@@ -1,1 +1,1 @@
-"""Everything of a training run: options, trainer, checkpoints, health, model card and the Hub."""
+"""Training runs: options, trainer, checkpoints, health checks, model card and uploads to the Hub."""

@@ -1,8 +1,8 @@
-"""DistillationTrainer: Transformers' Trainer with what DeiT changes and nothing else.
+"""DistillationTrainer: Transformers' Trainer with the changes that DeiT needs.
 
-The order of the views, the batch's way on the device, the loss with the teacher's answer in it, the parameter groups,
+The changes are the order of the views, mixing on the device, the loss with teacher outputs, the parameter groups and
 the accuracy of the three heads. The numbers come from distillation_config.py, the mathematics from losses.py and
-mixing.py; the card and the Hub are in publishing.py, checkpoints in resuming.py.
+mixing.py; the model card and the Hub are in publishing.py, checkpoints in resuming.py.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import DistributedType
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ..augmentation.mixing import Mixing, normalize
@@ -33,12 +34,12 @@ from ..teachers.teacher import Teacher, TeacherOutputs
 from . import run
 from .distillation_config import DistillationConfig
 from .health import Health
-from .publishing import PublishingTrainer, UnwrittenToken, hub_failures_told
+from .publishing import PublishingTrainer, UnpickledToken, clear_hub_errors
 
 
 logger = logging.getLogger(__name__)
 
-# Where each process has every gradient as a plain tensor.
+# Setups in which each process has every gradient as a plain tensor.
 WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 # "No decay on biases, norms, class token and positions"; the authors do decay the distillation token
 # (facebookresearch/deit, no_weight_decay of its models).
@@ -46,47 +47,48 @@ NOT_DECAYED = (r"bias", r"(^|\.)[a-z_]*norm[a-z_]*(\.|$)", r"cls_token", r"posit
 
 
 class DistillationTrainer(PublishingTrainer):
-    """Trains an image classifier, with or without a teacher.
+    """Trainer of an image classifier, with or without a teacher.
 
     Args:
         model: [`DeiTForImageClassificationWithTeacher`], or any classifier of Transformers that returns `logits`.
         args: [`DistillationConfig`].
-        teacher: a [`Teacher`] from [`load_teacher`]. It is no part of the model: not trained, wrapped, gathered or
-            saved. With `teacher_replay` it is not asked while training, and may be left out.
-        train_dataset: [`TrainViews`], or any map-style set with a data_collator of its own that returns `pixel_values`
+        teacher: a [`Teacher`] from [`load_teacher`]. The teacher is not part of the model: it is not trained, wrapped,
+            gathered or saved. With `teacher_replay` the teacher is not run in training and may be left out.
+        train_dataset: [`TrainViews`], or any map-style dataset whose data_collator returns `pixel_values`
             `(batch, 3, height, width)`, uint8 or normalised float32, and `labels` `(batch,)` int64.
-        eval_dataset: [`EvalViews`], or the like.
-        mean, std: per channel, to normalise uint8 pixels with; by default the processing_class's.
+        eval_dataset: [`EvalViews`], or a dataset that returns the same.
+        mean, std: per channel, to normalise uint8 pixels with; by default those of processing_class.
         **kwargs: `data_args` and `command`, see [`PublishingTrainer`]; the rest as for `Trainer`.
 
     Raises:
-        ValueError: the distillation type needs a teacher and there is none; the model's distillation head would learn
-            nothing; the batch is larger than the training set; with `push_to_hub`, the Hub does not let us write; a
-            record of the teacher's answers is of something else (see [`ReplayedTeacher`], [`RecordingTeacher`]).
+        ValueError: the distillation type needs a teacher and there is none; the model's distillation head would stay
+            untrained; the batch is larger than the training set; with `push_to_hub`, the token may not write to the
+            repository; recorded teacher outputs belong to another run (see [`ReplayedTeacher`],
+            [`RecordingTeacher`]).
         FloatingPointError: the loss or a gradient is not finite.
     """
 
-    # Each batch's loss is a mean over views, so accumulation must divide it; never scaled by a count of labels, which
-    # for mixed targets would be batch x classes.
+    # Each batch's loss is a mean over views, so gradient accumulation must divide the loss. Scaling by the number of
+    # labels would be wrong: for mixed targets that number is batch x classes.
     loss_is_scaled_for_ga = False
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         args: DistillationConfig,
-        teacher: nn.Module | None = None,
+        teacher: Teacher | None = None,
         *,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         data_collator: Callable = collate_views,
         compute_metrics: Callable = three_head_accuracy,
         **kwargs,
     ):
         if args.hub_token is not None:
-            args.hub_token = UnwrittenToken(args.hub_token)
-        num_labels = model.config.num_labels
+            args.hub_token = UnpickledToken(args.hub_token)
+        num_labels = int(model.config.num_labels or 0)
         data_collator = CheckedLabels(data_collator, num_labels)
-        with refusals_of_libraries(), hub_failures_told(args, lambda: "Training has not begun: mend it first"):
+        with refusals_of_libraries(), clear_hub_errors(args, lambda: "Training has not begun: fix this first"):
             super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
         self._check_heads_and_teacher(teacher)
         self._check_best_metric(compute_metrics)
@@ -94,8 +96,9 @@ class DistillationTrainer(PublishingTrainer):
             check_labels(getattr(dataset, "images", ()), num_labels, part)
         if mean is None or std is None:
             if self.processing_class is None:
-                raise UserError("how pixels are normalised is not known: pass processing_class, or mean and std")
-            mean, std = self.processing_class.image_mean, self.processing_class.image_std
+                raise UserError("mean and std of the pixels are unknown: pass processing_class, or mean and std")
+            processor: Any = self.processing_class
+            mean, std = processor.image_mean, processor.image_std
         self.teacher = self._recorded_or_replayed(teacher.to(args.device) if teacher is not None else None, mean, std)
         if isinstance(self.teacher, TrainerCallback):
             self.add_callback(self.teacher)
@@ -112,7 +115,7 @@ class DistillationTrainer(PublishingTrainer):
     def _recorded_or_replayed(
         self, teacher: Teacher | None, mean: Sequence[float], std: Sequence[float]
     ) -> TeacherOutputs | None:
-        args, names = self.args, [*self.model.config.id2label.values()]
+        args, names = self.args, list((self.model.config.id2label or {}).values())
         fingerprint = partial(fingerprint_of_views, self.train_dataset, args.view_settings(), mean, std, names)
         kind, batch_size = args.distillation_type, args.train_batch_size
         if args.teacher_replay is not None:
@@ -131,18 +134,18 @@ class DistillationTrainer(PublishingTrainer):
             )
         return teacher
 
-    def _check_heads_and_teacher(self, teacher: nn.Module | None) -> None:
+    def _check_heads_and_teacher(self, teacher: Teacher | None) -> None:
         kind = self.args.distillation_type
         if kind in ("hard", "soft") and teacher is None and self.args.teacher_replay is None:
             raise UserError(
-                f"distillation_type is {kind!r} and there is no teacher: name one with teacher, or the record of one "
-                "with teacher_replay, or set distillation_type to 'none' (labels only) or 'label' (both heads learn "
-                "the labels)"
+                f"distillation_type is {kind!r} and there is no teacher: set teacher, or teacher_replay to use "
+                "recorded teacher outputs, or set distillation_type to 'none' (labels only) or 'label' (both "
+                "heads learn the labels)"
             )
         if kind == "none" and hasattr(self.model, "distillation_classifier"):
             raise UserError(
-                "distillation_type is 'none' and the model has a distillation head, which would stay untrained: use "
-                "DeiTForImageClassification (use_distillation_token: false), or distillation_type 'label'"
+                "distillation_type is 'none' and the model has a distillation head, which would stay untrained: set "
+                "use_distillation_token to false (DeiTForImageClassification), or distillation_type to 'label'"
             )
 
     def _check_best_metric(self, compute_metrics: Callable) -> None:
@@ -154,14 +157,14 @@ class DistillationTrainer(PublishingTrainer):
             known += [f"ema_{name}" for name in known]
         if compute_metrics is three_head_accuracy and metric not in known:
             raise UserError(
-                f"metric_for_best_model is {self.args.metric_for_best_model!r}; an evaluation reports "
-                f"{', '.join(known)}" + (". Accuracy is 'top1'" if metric == "accuracy" else "")
+                f"metric_for_best_model is {self.args.metric_for_best_model!r}; it must be one of "
+                f"{', '.join(known)}" + (". Accuracy is called 'top1'" if metric == "accuracy" else "")
             )
 
     # The order of the views
 
     def _get_train_sampler(self, train_dataset=None) -> RepeatedAugmentationSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         batch_size = self.get_total_train_batch_size(self.args)
         if len(dataset) < batch_size:
             raise UserError(
@@ -187,13 +190,12 @@ class DistillationTrainer(PublishingTrainer):
         )
         if readers > 1:
             logger.warning(
-                "streaming: each block of %d images on average will be read by %d loader workers, as the %d blocks of "
-                "the training set make %d lanes for %d processes x %d workers. Nothing is shown twice for it; 1, 2, 4 "
-                "or 8 workers, a larger shuffle_buffer_size or smaller row groups let fewer of them read the same",
+                "streaming: each row group (%d images on average) will be downloaded by %d workers, because %d row "
+                "groups are too few for %d processes x %d workers. Results do not change. Use 1, 2, 4 or 8 workers, a "
+                "larger shuffle_buffer_size, or smaller row groups",
                 sampler.num_images // len(sampler.block_sizes),
                 readers,
                 len(sampler.block_sizes),
-                sampler.slices * sampler.turns,
                 args.world_size,
                 max(1, args.dataloader_num_workers),
             )
@@ -201,12 +203,12 @@ class DistillationTrainer(PublishingTrainer):
     # Optimisation
 
     def create_optimizer(self, *args, **kwargs):
-        """As in Transformers; what an optimizer's library refuses, or its absence, is one line."""
+        """Create the optimizer; a library that is missing or refuses its options becomes a one-line UserError."""
         with refusals_of_libraries():
             return super().create_optimizer(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that AdamW decays: the matrices and the distillation token."""
+        """Return the names of the parameters that AdamW decays: the matrices and the distillation token."""
         return get_parameter_names(model, [nn.LayerNorm], list(NOT_DECAYED))
 
     # The loss
@@ -214,12 +216,12 @@ class DistillationTrainer(PublishingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Tensor | tuple[Tensor, object]:
-        """The paper's loss of one batch of views; its parts are logged by name. `num_items_in_batch` is not used."""
-        self.accuracy = {}  # of the weights before this step, so no longer the model's
+        """Compute the paper's loss of one batch of views and log its parts by name. `num_items_in_batch` is unused."""
+        self.accuracy = {}  # an accuracy measured before this step no longer describes the weights
         if "bad_images" in inputs:
             self.bad_images.record(inputs.pop("bad_images"))
         view_seeds = inputs.get("view_seeds")
-        if view_seeds is None:  # a set that is not ours: its views have no seeds of their own
+        if view_seeds is None:  # a dataset other than TrainViews gives its views no seeds
             view_seeds = torch.randint(2**63 - 1, (len(inputs["labels"]),)).numpy()
         pixel_values, labels = self.mixing(inputs["pixel_values"], inputs["labels"], view_seeds)
         teacher_logits = self.teacher(pixel_values, inputs.get("view_ids")) if self.teacher is not None else None
@@ -238,15 +240,15 @@ class DistillationTrainer(PublishingTrainer):
         return (losses["loss"], outputs) if return_outputs else losses["loss"]
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """After what was recorded up to it, so that a run that resumes from there misses no output of the teacher."""
+        """Save the checkpoint after the teacher outputs up to it, so that a run resumed from it misses none."""
         if self.teacher is not None:
             self.teacher.commit(self.state.global_step)
         super()._save_checkpoint(model, trial)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None) -> float:
-        """Called once per step between backward and the optimizer: the place to stop before the weights are hurt."""
+        """Return the gradient norm before the optimizer step; a failed health check stops the run before it."""
         if grad_norm is None and self.accelerator.distributed_type in WHOLE_GRADIENTS:
-            # Transformers gets it from clipping to infinity, which writes every gradient anew.
+            # Transformers computes the norm by clipping to infinity, which rewrites every gradient.
             self.accelerator.unscale_gradients()
             parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
             grad_norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
@@ -259,10 +261,10 @@ class DistillationTrainer(PublishingTrainer):
         )
 
     def floating_point_ops(self, inputs: dict) -> int:
-        """For `total_flos`, of one forward and backward pass: 6 a parameter and token, as Transformers counts.
+        """Return the FLOPs of one forward and backward pass, for `total_flos`: 6 per parameter and token.
 
-        Where it would take a pixel of a DeiT for a token, this takes a patch. Attention's own products (2 to 10 %) are
-        not counted, nor the teacher.
+        Transformers' own count takes each pixel of a DeiT's input for a token; this one counts the patches. The
+        products inside attention (2 to 10 %) and the teacher are not counted.
         """
         config = self.model.config
         if not isinstance(config, DeiTConfig):
@@ -270,7 +272,7 @@ class DistillationTrainer(PublishingTrainer):
         return 6 * len(inputs["pixel_values"]) * config.num_tokens * self.num_model_parameters
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each part of the loss since the last line, over all ranks."""
+        """Log `logs` with the mean of each part of the loss since the last log line, over all ranks."""
         if "loss" in logs and self._batches_summed:
             for name, value in self._loss_sums.items():
                 logs[name] = self.accelerator.reduce(value / self._batches_summed, reduction="mean").item()
@@ -280,7 +282,7 @@ class DistillationTrainer(PublishingTrainer):
     # The whole run
 
     def train_and_save(self) -> dict[str, float]:
-        """Train, evaluate, and leave everything a run leaves in `output_dir`; see [`hf_deit.training.run`]."""
+        """Train, evaluate, and write all files of the run to `output_dir`; see [`hf_deit.training.run`]."""
         return run.train_and_save(self)
 
     # Evaluation
@@ -288,7 +290,7 @@ class DistillationTrainer(PublishingTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, tuple[Tensor, Tensor] | None, Tensor | None]:
-        """What evaluation needs of a batch, small enough to gather from every rank.
+        """Evaluate one batch; the result is small enough to gather from every rank.
 
         Returns:
             None; the best classes of each head `(batch, heads, 5)` int64, fused first, then class and distillation,
@@ -305,7 +307,7 @@ class DistillationTrainer(PublishingTrainer):
         return None, (top_classes(torch.stack(heads, dim=1)), cross_entropy), labels
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Accuracy of the three heads; with `ema_decay`, of the averaged weights too (`eval_ema_...`)."""
+        """Return the accuracy of the three heads and, with `ema_decay`, of the averaged weights (`eval_ema_...`)."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.ema is not None and self.ema.average:
             with self.ema.averaged_weights(self.model):
@@ -316,7 +318,7 @@ class DistillationTrainer(PublishingTrainer):
 
     @torch.no_grad()
     def evaluate_teacher(self) -> dict[str, float]:
-        """The teacher's `teacher_top1` and `teacher_top5` on the evaluation set, as fractions."""
+        """Return the teacher's accuracy on the evaluation set, `teacher_top1` and `teacher_top5`, as fractions."""
         teacher = self.teacher.classifier
         best_classes, labels = [], []
         for batch in self.get_eval_dataloader():

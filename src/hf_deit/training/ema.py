@@ -1,12 +1,12 @@
 """An optional moving average of the student's weights, as a `TrainerCallback`.
 
-Off by default, as in the paper: +0.1 top-1 for DeiT-B after 300 epochs, nothing left of it after fine-tuning at 384
-(Table 8, last row). It averages parameters only: DeiT has no running statistics. It is not the student that the
-Trainer saves, loads or resumes; the trainer evaluates it as `eval_ema_*` inside `averaged_weights`.
+The average is off by default, as in the paper: it gives +0.1 top-1 for DeiT-B after 300 epochs, and nothing after
+fine-tuning at 384 (Table 8, last row). Only parameters are averaged: DeiT has no running statistics. The saved model
+holds the weights, not the average; the trainer evaluates the average as `eval_ema_*` inside `averaged_weights`.
 
 Source: arXiv 2012.12877, section 6; facebookresearch/deit main.py (`--model-ema-decay`, 0.99996). The warm-up of the
-decay is that of `tf.train.ExponentialMovingAverage(num_updates=...)`; without it the average of a short run is mostly
-the random initial weights: 0.99996 per step forgets them over 25,000 steps.
+decay is that of `tf.train.ExponentialMovingAverage(num_updates=...)`; without a warm-up the average of a short run is
+mostly the random initial weights, because a decay of 0.99996 per step forgets them over 25,000 steps.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ EMA_NAME = "ema.safetensors"
 
 
 class ExponentialMovingAverage(TrainerCallback):
-    """Keeps `average = d * average + (1 - d) * weights`, in float32, after every optimizer step.
+    """Callback that updates `average = d * average + (1 - d) * weights`, in float32, after every optimizer step.
 
-    d = min(decay, (1 + t) / (10 + t)) after t updates, so that the average always follows the run's own length.
-    The average lives beside the weights on their device (4 bytes a parameter) and is equal on all ranks without
-    communication. Every checkpoint of [`DistillationTrainer`] holds it as `ema.safetensors`, with the
+    d = min(decay, (1 + t) / (10 + t)) after t updates, so that the averaging window grows with the run.
+    The average is on the device of the weights (4 bytes per parameter) and equal on all ranks without communication.
+    Every checkpoint of [`DistillationTrainer`] holds the average as `ema.safetensors`, with the
     parameter names of `model.safetensors`.
 
     Args:
-        decay: in [0, 1). 0.99996 is the authors' for 300 epochs of ImageNet.
+        decay: in [0, 1). The authors use 0.99996 for 300 epochs of ImageNet.
 
     Raises:
-        ValueError: if `decay` is outside [0, 1); when training starts, if the weights are sharded over devices (FSDP).
+        ValueError: `decay` is outside [0, 1); when training starts, the weights are sharded over devices (FSDP).
     """
 
     def __init__(self, decay: float = 0.99996):
@@ -57,7 +57,7 @@ class ExponentialMovingAverage(TrainerCallback):
         self.average: dict[str, Tensor] = {}  # parameter name -> float32, the parameter's shape and device
         self._resumed: dict[str, Tensor] | None = None  # what `load` read, until training starts
 
-    # What the Trainer calls
+    # Called by the Trainer
 
     def on_train_begin(self, args, state, control, model: nn.Module, **kwargs):
         weights = _weights(model)
@@ -73,22 +73,26 @@ class ExponentialMovingAverage(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model: nn.Module, **kwargs):
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         weights = [weight.float() for weight in _weights(model).values()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            list(self.average.values()), weights, 1 - decay
+        )
         self.num_updates += 1
 
-    # What the trainer of this package calls
+    # Called by DistillationTrainer
 
     @contextmanager
     def averaged_weights(self, model: nn.Module) -> Iterator[None]:
-        """Inside the `with` block the model holds the average; afterwards its own weights again, bit for bit.
+        """Put the average into the model inside the `with`, and restore the model's weights afterwards, bit for bit.
 
         Values are copied in place, so optimizer, DDP and compiled graphs keep pointing at the same tensors.
 
         Raises:
-            ValueError: if training has not begun, so that there is no average.
+            ValueError: training has not begun, so there is no average.
         """
         if not self.average:
-            raise UserError("there is no moving average yet: it starts with training; call `trainer.train()` first")
+            raise UserError(
+                "there is no moving average yet: the average starts with training; call `trainer.train()` first"
+            )
         weights = _weights(model)
         own = {name: weight.clone() for name, weight in weights.items()}
         try:
@@ -98,23 +102,23 @@ class ExponentialMovingAverage(TrainerCallback):
             _copy(own, weights)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write `ema.safetensors` into `directory`, which is there."""
+        """Write `ema.safetensors` into `directory`, which must exist."""
         metadata = {"format": "pt", "num_updates": str(self.num_updates)}
         save_file(self.average, Path(directory) / EMA_NAME, metadata=metadata)
 
     def load(self, checkpoint_dir: str | os.PathLike) -> None:
-        """Continue from a checkpoint's average: call it before training starts. Restored bit for bit.
+        """Load the average of a checkpoint, bit for bit. Call before training starts.
 
-        A checkpoint without one is accepted with a warning: the average then starts from the checkpoint's weights.
+        A checkpoint without an average is accepted with a warning: the average then starts from its weights.
 
         Raises:
-            ValueError: when training starts, if the file's names or shapes are not the model's.
+            ValueError: when training starts, the names or shapes in the file are not those of the model.
         """
         path = Path(checkpoint_dir) / EMA_NAME
         if not path.exists():
             logger.warning(
                 f"{path} does not exist: the moving average starts anew from the weights of this checkpoint. "
-                "That is right if the run had none so far."
+                "Ignore this if ema_decay was not set before."
             )
             return
         with safe_open(path, framework="pt") as file:
@@ -123,21 +127,22 @@ class ExponentialMovingAverage(TrainerCallback):
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by the name they have on disk, detached (they share memory with the model)."""
+    """Return the parameters by their name on disk, detached; they share memory with the model."""
     # DDP and torch.compile prefix the names.
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     if isinstance(model, FullyShardedDataParallel) or any(isinstance(weight, DTensor) for weight in weights.values()):
         raise UserError(
             "the moving average needs whole weights, but FSDP shards them over the devices: "
-            "switch the moving average off, or train with DDP"
+            "leave out ema_decay, or train with DDP"
         )
     return weights
 
 
 @torch.no_grad()
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    torch._foreach_copy_(list(target.values()), [source[name] for name in target])
+    values = [source[name] for name in target]
+    torch._foreach_copy_(list(target.values()), values)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _require_same_names_and_shapes(saved: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
@@ -149,5 +154,5 @@ def _require_same_names_and_shapes(saved: dict[str, Tensor], weights: dict[str, 
     if different:
         raise UserError(
             f"{EMA_NAME} does not belong to this model: {len(different)} names or shapes differ, "
-            f"for example {min(different)}; resume with the model of that checkpoint, or delete the file"
+            f"for example {min(different)}; resume with the model of that checkpoint, or delete {EMA_NAME}"
         )

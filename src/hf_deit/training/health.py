@@ -1,11 +1,11 @@
-"""What is watched while a run trains, so that 53 hours are not spent on numbers that went wrong in the first.
+"""Health checks during training, so that a run of 53 hours does not fail in the first and go unnoticed.
 
-A teacher that answers NaN or the same for everything, labels that are no class, a loss or gradient that is not finite,
-fp16 that overflows, a learning rate far too high, a model that learns nothing: each is seen within a few steps and
-said with the step and the cause. What cannot be meant ends the run, what is doubtful is one warning.
+The checks find, within a few steps, teacher outputs that are NaN or constant, a loss or gradient that is not finite,
+fp16 overflow, a learning rate far too high and a model that learns nothing. A fatal problem stops the run; a doubtful
+one logs a single warning. Every message names the step and the usual causes.
 
-Nothing here waits for the device: what a batch shows stays there, as a handful of scalars, until the gradient norm of
-the step is read, which the trainer does anyway. Damaged images are not here but in bad_images.py.
+No check waits for the device: the facts of a batch stay there, as a few scalars, until the trainer reads the gradient
+norm of the step. Damaged images are handled in bad_images.py, labels in data/labels.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,28 +23,31 @@ from ..errors import NonFiniteError, UserError
 
 logger = logging.getLogger(__name__)
 
-# So many views tell a teacher that does not look from a set in which one class is frequent.
+# After this many views a teacher that ignores its input can be told from a dataset dominated by one class.
 JUDGED_VIEWS = 1024
-# Steps over which the student is judged, once the warm-up is over.
+# Number of steps over which the student is judged, after the warm-up.
 JUDGED_STEPS = 100
-# A loss above that many times ln(classes), what a uniform guess costs, is not being learnt from.
+# Class loss relative to ln(classes), the loss of a uniform guess: above the first the student gets worse, above the
+# second it has learnt nothing.
 WORSE_THAN_A_GUESS, AS_GOOD_AS_A_GUESS = 1.05, 0.98
-# A gradient that many times as long as those before it. Ordinary ones of a ViT vary by a factor of ten.
+# Ratio of a gradient norm to the mean of those before it, and the steps of that mean. Healthy norms of a ViT vary by a
+# factor of ten.
 EXPLODED, MEAN_OVER = 100.0, 20
-# Steps with no gradient, or with one and the same loss, until that is no chance.
+# Consecutive steps with a zero gradient or an identical loss after which coincidence is ruled out.
 IDLE_STEPS = 10
-# fp16's loss scale begins at 65,536 and is halved by every overflow: the first few are its search for a good one.
+# Skipped steps in a row before a warning and before an error. fp16's loss scale starts at 65,536 and is halved by
+# every overflow, so the first few skips only search for a good scale.
 DOUBTFUL_SKIPS, MAX_SKIPS = 12, 25
 
 
 class Health:
-    """Watches one run; a resumed one starts a new watch.
+    """Health checks of one run; a resumed run starts with empty statistics.
 
     Args:
         num_labels: number of classes.
-        teacher: what it is called, for messages.
-        id2label: likewise the classes.
-        quiet: no warnings; for all ranks but one. Errors are raised on every rank.
+        teacher: name of the teacher, for messages.
+        id2label: names of the classes, for messages.
+        quiet: log no warnings; set on all ranks but one. Errors are raised on every rank.
     """
 
     def __init__(
@@ -58,19 +62,19 @@ class Health:
         self.teacher = teacher
         self.id2label = id2label or {}
         self.quiet = quiet
-        self._told: set[str] = set()
-        # of the step
+        self._warned: set[str] = set()
+        # over the batches of this step
         self._batches = 0
         self._losses: dict[str, Tensor] = {}
         self._broken: dict[str, Tensor] = {}
-        # of the last JUDGED_VIEWS views
+        # over the last JUDGED_VIEWS views
         self._views = 0
         self._answers, self._teachers_choice, self._labels = _Range(), _Range(), _Range()
-        # of the last JUDGED_STEPS steps
+        # over the last JUDGED_STEPS steps
         self._steps = 0
         self._sum_of_losses = 0.0
         self._students_choice = _Range()
-        # of all steps
+        # over all steps
         self._mean_norm, self._norms = 0.0, 0
         self._idle = 0
         self._last_loss = math.nan
@@ -84,19 +88,19 @@ class Health:
         teacher_logits: Tensor | None,
         labels: Tensor,
     ) -> None:
-        """Notes what a forward pass gave; reads nothing from the device.
+        """Accumulate statistics of one forward pass; reads nothing from the device.
 
         Args:
-            losses: by name, scalars, as [`distillation_loss`] returns them.
-            student_logits: `(batch, classes)` by the name of the head, the class head first; None for one that is
-                not there.
-            teacher_logits: `(batch, classes)`, or only its decisions, `(batch,)` int64, or None.
-            labels: `(batch,)` int64, or `(batch, classes)` float where they are mixed.
+            losses: scalars by name, as [`distillation_loss`] returns them.
+            student_logits: `(batch, classes)` by the name of the head, the class head first; None for a head that the
+                model does not have.
+            teacher_logits: teacher outputs: logits `(batch, classes)`, decisions `(batch,)` int64, or None.
+            labels: `(batch,)` int64, or `(batch, classes)` float for mixed labels.
         """
         self._batches += 1
         for name, value in losses.items():
             self._losses[name] = self._losses.get(name, 0) + value.detach()
-        for name, logits in (student_logits | {"teacher": teacher_logits}).items():
+        for name, logits in {**student_logits, "teacher": teacher_logits}.items():
             if logits is not None:
                 broken = ~logits.isfinite().all()
                 self._broken[name] = self._broken[name] | broken if name in self._broken else broken
@@ -118,22 +122,23 @@ class Health:
         warmed_up: bool = True,
         scaler: torch.amp.GradScaler | None = None,
     ) -> float:
-        """Judges a step between its backward and its optimizer step; reads the gradient norm and all else at once.
+        """Check a step between its backward and its optimizer step, with one read from the device.
 
         Args:
-            step: its number, from 1.
-            grad_norm: of all parameters, before any clipping.
-            learning_rate: of this step.
-            warmed_up: the warm-up is over.
-            scaler: of fp16. It skips steps whose gradient is not finite, so these are only counted then.
+            step: number of the step, from 1.
+            grad_norm: gradient norm over all parameters, before clipping.
+            learning_rate: learning rate of this step.
+            warmed_up: True once the warm-up is over.
+            scaler: gradient scaler of fp16, which skips steps whose gradient is not finite; with a scaler such steps
+                are counted instead of stopping the run.
 
         Returns:
             The gradient norm, for the log.
 
         Raises:
-            FloatingPointError: the teacher's answer, or without a scaler the gradient, is not finite; fp16 has
+            FloatingPointError: the teacher outputs are not finite; without a scaler, the gradient is not finite; fp16
                 overflowed in 25 steps in a row.
-            ValueError: the teacher gave the same logits to every one of 1,024 views.
+            ValueError: the teacher's logits were the same for each of 1,024 views.
         """
         seen = self._read(grad_norm)
         norm, losses = seen["norm"], {name: seen[name] / self._batches for name in self._losses}
@@ -143,17 +148,17 @@ class Health:
 
         if "teacher" in broken:
             raise NonFiniteError(
-                f"training stopped at step {step}: teacher {self.teacher!r} answered with NaN or infinity. No weight "
-                "was changed in this step. Usual causes: damaged weights of the teacher, or a type of numbers too "
-                "small for it (load_teacher's dtype); evaluate it with recipes/run_eval.py"
+                f"training stopped at step {step}: the outputs of teacher {self.teacher!r} contain NaN or infinity. "
+                "No weight was changed in this step. Usual causes: damaged teacher weights, or a dtype of too small a "
+                "range (load_teacher's dtype); evaluate the teacher with recipes/run_eval.py"
             )
         if not math.isfinite(norm):
             part = _first_broken(broken, losses)
             if scaler is None:
                 raise NonFiniteError(
-                    f"training stopped at {where}; not finite: {part}. No weight was changed in this step; the "
-                    "checkpoints are from before it. Usual causes: a learning rate too high, a warm-up too short, "
-                    "fp16 (use bf16), a damaged input"
+                    f"training stopped at {where}; not finite: {part}. No weight was changed in this step, and all "
+                    "checkpoints are older. Usual causes: a learning rate too high, a warm-up too short, fp16 (use "
+                    "bf16), a damaged input"
                 )
             self._count_skip(step, part, scaler.get_scale())
             return norm
@@ -170,10 +175,11 @@ class Health:
         return norm
 
     def _read(self, grad_norm: Tensor | float) -> dict[str, float]:
-        """Everything that was noted, by name, in one transfer from the device."""
-        if hasattr(grad_norm, "full_tensor"):  # of FSDP2
-            grad_norm = grad_norm.full_tensor()
-        noted = {"norm": grad_norm} | self._losses | {f"{name} broken": flag for name, flag in self._broken.items()}
+        """Return all accumulated statistics by name, in one transfer from the device."""
+        norm: Any = grad_norm
+        if hasattr(norm, "full_tensor"):  # a DTensor, from FSDP2
+            norm = norm.full_tensor()
+        noted = {"norm": norm} | self._losses | {f"{name} broken": flag for name, flag in self._broken.items()}
         noted |= {"student lowest": self._students_choice.low, "student highest": self._students_choice.high}
         if self._answers.high is not None:
             noted |= {"spread": (self._answers.high - self._answers.low).max(), "size": self._answers.high.abs().max()}
@@ -184,7 +190,7 @@ class Health:
         scalars = [torch.as_tensor(value, dtype=torch.float32, device=device) for value in noted.values()]
         return dict(zip(noted, torch.stack(scalars).tolist(), strict=True))
 
-    # One judgement each
+    # One check each
 
     def _count_skip(self, step: int, part: str, scale: float) -> None:
         self._skips += 1
@@ -192,7 +198,7 @@ class Health:
         if self._skips >= MAX_SKIPS:
             raise NonFiniteError(
                 f"training stopped at step {step}: {state}; not finite: {part}. No weight was changed in these steps. "
-                "Use bf16: true in place of fp16: it does not overflow; or a lower learning rate"
+                "Use bf16: true in place of fp16, because bf16 does not overflow, or lower the learning rate"
             )
         if self._skips >= DOUBTFUL_SKIPS or scale < 1:
             self._warn("fp16", f"step {step}: {state}; not finite: {part}. bf16: true does not overflow")
@@ -201,8 +207,8 @@ class Health:
         if self._norms >= MEAN_OVER and norm > EXPLODED * max(1.0, self._mean_norm):
             self._warn(
                 "explosion",
-                f"{where}: the gradient is {norm / self._mean_norm:,.0f} times as long as the mean of those before "
-                f"({self._mean_norm:.3g}). If the loss does not come back, go on from an earlier checkpoint with a "
+                f"{where}: the gradient norm is {norm / self._mean_norm:,.0f} times the mean of the steps before "
+                f"({self._mean_norm:.3g}). If the loss does not recover, resume from an earlier checkpoint with a "
                 "lower learning rate, a longer warm-up or max_grad_norm: 1",
             )
         self._norms += 1
@@ -213,7 +219,8 @@ class Health:
             self._warn(
                 "idle",
                 f"{where}: for {self._idle} steps the gradient has been exactly 0 or the loss exactly the same, so "
-                "nothing is learnt. Usual causes: frozen or dead weights, a learning rate of 0, fp16 (use bf16)",
+                "the student learns nothing. Usual causes: frozen or dead weights, a learning rate of 0, fp16 (use "
+                "bf16)",
             )
 
     def _judge_teacher(self, step: int, seen: Mapping[str, float]) -> None:
@@ -222,54 +229,54 @@ class Health:
         self._views, self._answers, self._teachers_choice, self._labels = 0, _Range(), _Range(), _Range()
         if "spread" in seen and seen["spread"] <= 1e-6 * max(1.0, seen["size"]):
             raise UserError(
-                f"training stopped at step {step}: teacher {self.teacher!r} gave the same logits to each of {views}, "
-                "so there is nothing to learn from it: its head is untrained or its weights are damaged; evaluate it "
-                "with recipes/run_eval.py, or set distillation_type: none"
+                f"training stopped at step {step}: the logits of teacher {self.teacher!r} are the same for each of "
+                f"{views}, so its head is untrained or its weights are damaged; evaluate the teacher with "
+                "recipes/run_eval.py, or set distillation_type: none"
             )
         if seen["teacher lowest"] == seen["teacher highest"] and not one_label:
             choice = int(seen["teacher lowest"])
             self._warn(
                 "teacher",
-                f"step {step}: teacher {self.teacher!r} decided for class {choice} ({self.id2label.get(choice)!r}) "
-                f"on all of {views}, whose labels go from {labels}. Its accuracy is that of a constant: check its "
-                "mean, std and image size, and evaluate it with recipes/run_eval.py",
+                f"step {step}: teacher {self.teacher!r} predicted class {choice} ({self.id2label.get(choice)!r}) for "
+                f"all of {views}, whose labels range from {labels}. Check the teacher's mean, std and image size, and "
+                "evaluate the teacher with recipes/run_eval.py",
             )
 
     def _judge_student(self, where: str, seen: Mapping[str, float]) -> None:
         loss = self._sum_of_losses / max(1, self._steps)
         one_choice = seen["student lowest"] == seen["student highest"]
         steps, self._steps, self._sum_of_losses, self._students_choice = self._steps, 0, 0.0, _Range()
-        if not steps:  # of the warm-up
+        if not steps:  # still in the warm-up
             return
-        cause = "Usual causes: a learning rate far too high, a warm-up too short, labels that do not fit the images"
+        cause = "Usual causes: a learning rate far too high, a warm-up too short, labels that do not match the images"
         if loss > WORSE_THAN_A_GUESS * self.guess:
             self._warn(
                 "learning rate",
-                f"{where}: over the last {steps} steps the class loss is {loss:.4g}, above the {self.guess:.4g} of a "
-                f"guess. {cause}",
+                f"{where}: the mean class loss of the last {steps} steps is {loss:.4g}, above the {self.guess:.4g} of "
+                f"a uniform guess. {cause}",
             )
         elif loss > AS_GOOD_AS_A_GUESS * self.guess and one_choice:
             choice = int(seen["student lowest"])
             self._warn(
                 "learning rate",
-                f"{where}: over the last {steps} steps the student decided for class {choice} "
-                f"({self.id2label.get(choice)!r}) on every view, and its class loss is {loss:.4g}, that of a guess "
-                f"({self.guess:.4g}). {cause}",
+                f"{where}: over the last {steps} steps the student predicted class {choice} "
+                f"({self.id2label.get(choice)!r}) for every view, and its mean class loss is {loss:.4g}, that of a "
+                f"uniform guess ({self.guess:.4g}). {cause}",
             )
 
     def _warn(self, kind: str, message: str) -> None:
-        """Once a run: what is true at one step is mostly true at the next."""
-        if kind not in self._told and not self.quiet:
+        """Log a warning of each kind once per run, because the same problem usually lasts for many steps."""
+        if kind not in self._warned and not self.quiet:
             logger.warning("%s", message)
-        self._told.add(kind)
+        self._warned.add(kind)
 
 
 class _Range:
-    """The lowest and the highest of what was seen, each column by itself; stays on the device."""
+    """Running minimum and maximum of each column, kept on the device."""
 
     def __init__(self):
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
+        self.low: Any = None
+        self.high: Any = None
 
     def add(self, values: Tensor) -> None:
         low, high = values.aminmax(dim=0)
@@ -278,17 +285,13 @@ class _Range:
 
 
 def _first_broken(broken: Sequence[str], losses: Mapping[str, float]) -> str:
-    """The earliest of what is not finite: what comes after it follows from it."""
+    """Name the earliest quantity that is not finite, because later ones follow from it."""
     if broken:
         return " and ".join(f"the logits of the {name}" for name in broken)
     if parts := [name for name, value in losses.items() if not math.isfinite(value)]:
         return " and ".join(parts)
-    return "the gradient alone (logits and losses are finite, here at least: other ranks have batches of their own)"
+    return "the gradient alone (logits and losses are finite on this rank; other ranks see other batches)"
 
 
 def _shown(losses: Mapping[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.5g}") for name, value in losses.items()}
-
-
-# --- labels --------------------------------------------------------------------------------------------------------
-# They are looked at on the host: on a GPU a label out of range is a device assert, which names nothing.

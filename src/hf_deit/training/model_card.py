@@ -1,8 +1,8 @@
 """The model card: README.md of a finished run, front matter for the Hub included.
 
-Pure functions of plain facts, which publishing.py collects; the text is in model_card_template.md. Nothing
-here measures, trains or uploads. A card goes public, so what names a place on this machine is cut to its last part,
-and names, which may be somebody else's, stay text: no Markdown, HTML, front matter or code comes of them.
+The functions here are pure: publishing.py collects the facts, and model_card_template.md holds the text. A card is
+public, so a path on this machine is cut to its last part, and names, which a stranger may have chosen, are escaped:
+they cannot become Markdown, HTML, front matter or code.
 
 Source: the front matter is the Hub's model card specification (huggingface/hub-docs, modelcard.md).
 """
@@ -26,9 +26,9 @@ LOSSES = {
     "none": "labels",
 }
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-# Of the facts, those that the template shows as they are.
+# Facts that the template shows unchanged, and that are therefore escaped.
 SHOWN_NAMES = ("name", "architecture", "head_fusion", "dataset_terms", "eval_split")
-# An absolute path inside a word, `~/` and `C:\\` included; not the slashes of `owner/name` or of `https://`.
+# Matches an absolute path inside a word, `~/` and `C:\\` included, but not the slashes of `owner/name` or `https://`.
 ABSOLUTE_PATH = re.compile(
     r"""(?<![\w./~])(?:~|[A-Za-z]:)?[\\/](?![\\/])  # where it begins
     (?:[^,=?"']*[\\/])?([^\\/,=?"']+)[\\/]?  # directories, the last part, perhaps a slash""",
@@ -38,34 +38,35 @@ ABSOLUTE_PATH = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a card says of one run.
+    """Facts of one run that its card states.
 
     Attributes:
-        name: of the model.
-        model_id: what `from_pretrained` takes: the Hub id, or a directory.
-        license: one of the Hub's identifiers.
-        model_type: of config.json.
-        architecture: class of the model, and for timm's which of them.
-        image_size: side of the views, pixels; None where it is not known.
-        crop_ratio: share of the shorter side that the evaluation's crop keeps; None where it is not known.
-        head_fusion: of a model with two heads, else None.
+        name: name of the model.
+        model_id: argument of `from_pretrained`: a Hub id or a directory.
+        license: license of the weights, one of the Hub's identifiers.
+        model_type: `model_type` of config.json.
+        architecture: class of the model, and for timm models the timm name.
+        image_size: side of the views, pixels; None if unknown.
+        crop_ratio: fraction of the shorter side that the evaluation crop keeps; None if unknown.
+        head_fusion: head fusion of a model with two heads, else None.
         base_model: checkpoint that training started from: Hub id or path.
-        dataset: registry name, Hub id or path.
-        dataset_id: its Hub id where it has one.
-        dataset_terms: what the makers of the set say, in a few words.
-        eval_split: where the split has a name.
+        dataset: registry name, Hub id or path of the dataset.
+        dataset_id: Hub id of the dataset, if it has one.
+        dataset_terms: terms of the dataset's makers, in a few words.
+        eval_split: name of the evaluation split, if it has one.
         distillation_type: as in `DistillationConfig`.
-        teacher: its specs, joined by " + ".
-        teacher_sha256: fingerprint of its weights, 16 hexadecimal digits.
-        teacher_replayed: what of its answers came from a record, such as "decisions"; None where it was asked.
-        metrics: `eval_top1`, `eval_class_top1`, `teacher_top5`, ... as fractions in [0, 1]; all of the weights that
-            the card stands beside.
-        settings: by name, this run's value and the paper's where they differ.
-        ema_decay: of the moving average, which is evaluated and not saved.
-        epochs, steps: trained so far, of `planned_steps`.
-        command: the words of the command line, the script first.
-        processes: that trained together.
-        versions: by library.
+        teacher: specs of the teachers, joined by " + ".
+        teacher_sha256: fingerprint of the teacher's weights, 16 hexadecimal digits.
+        teacher_replayed: kind of teacher outputs that were replayed from a record, such as "decisions"; None if the
+            teacher was run in training.
+        metrics: `eval_top1`, `eval_class_top1`, `teacher_top5`, ... as fractions in [0, 1], measured with the weights
+            that are published with the card.
+        settings: this run's value and the paper's, by name, for settings that differ.
+        ema_decay: decay of the moving average, which is evaluated and not saved.
+        epochs, steps: length of the training so far, out of `planned_steps`.
+        command: arguments of the command line, the script first.
+        processes: number of processes that trained together.
+        versions: version by library.
     """
 
     name: str
@@ -104,7 +105,7 @@ class CardFacts:
 
 
 def build_model_card(facts: CardFacts) -> ModelCard:
-    """The whole card; `str()` of it is README.md."""
+    """Build the model card; `str()` of the card is README.md."""
     command = public_command(facts.command, facts.processes)
     return ModelCard.from_template(
         _front_matter(facts),
@@ -118,7 +119,7 @@ def build_model_card(facts: CardFacts) -> ModelCard:
         loss=LOSSES[facts.distillation_type],
         settings={as_text(name): tuple(map(_shown, values)) for name, values in facts.settings.items()},
         command=command,
-        # longer than any inside, which would end the block
+        # longer than any run of backticks inside, which would end the code block
         fence="`" * max([3, *(1 + len(ticks) for ticks in re.findall("`+", command))]),
     )
 
@@ -134,7 +135,7 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
         license=facts.license,
         datasets=[facts.dataset_id] if facts.dataset_id else None,
         base_model=hub_id(facts.base_model),
-        teacher=[teacher for teacher in teachers if teacher] or None,  # of ours: the Hub has no such relation
+        teacher=[teacher for teacher in teachers if teacher] or None,  # a key of hf_deit: the Hub has no such relation
         tags=tags + ["knowledge-distillation"] * distilled,
         metrics=["accuracy"] if facts.metrics else None,
         eval_results=_eval_results(facts),
@@ -142,7 +143,7 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult] | None:
-    """The student's accuracies for `model-index`; the teacher's are another model's."""
+    """Return the student's accuracies for `model-index`, without those of the teacher, which is another model."""
     dataset = public_name(facts.dataset) or "unnamed"
     results = []
     for title, accuracies in accuracy_rows(facts.metrics).items():
@@ -164,7 +165,7 @@ def _eval_results(facts: CardFacts) -> list[EvalResult] | None:
 
 
 def accuracy_rows(metrics: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """Title to top-1 and top-5, as fractions, of what was measured. What the model answers comes first."""
+    """Return the measured top-1 and top-5 by row title, as fractions. The model's own output (`eval`) comes first."""
     prefixes = {
         "both heads, fused" if "eval_class_top1" in metrics else "model": "eval",
         "class head": "eval_class",
@@ -183,12 +184,12 @@ def accuracy_rows(metrics: Mapping[str, float]) -> dict[str, tuple[float, float]
 
 
 def hub_id(spec: str | None) -> str | None:
-    """`owner/name` where the spec is one, and not a path on this machine."""
+    """Return `spec` if it is a Hub id, `owner/name`, and not a path on this machine; else None."""
     return spec if spec and HUB_ID.fullmatch(spec) and not Path(spec).exists() else None
 
 
 def public_name(spec: str | None) -> str | None:
-    """A data set, checkpoint or teacher without the directories it lies in; several teachers are joined by " + "."""
+    """Return a dataset, checkpoint or teacher without its directories; several teachers are joined by " + "."""
     if spec is None:
         return None
     return " + ".join(_without_directories(one) for one in spec.split(" + "))
@@ -202,7 +203,7 @@ def _without_directories(spec: str) -> str:
 
 
 def public_command(words: Sequence[str], processes: int = 1) -> str:
-    """The command line, to be pasted into a shell: without tokens, and absolute paths cut to their last part."""
+    """Return the shell command, without tokens and with absolute paths cut to their last part."""
     if not words:
         return ""
     kept, skip = [], False
@@ -215,7 +216,7 @@ def public_command(words: Sequence[str], processes: int = 1) -> str:
 
 
 def as_text(name: str | None) -> str | None:
-    """A name on one line, in which nothing is Markdown, HTML or the end of a table's cell or of `code`."""
+    """Escape a name into one line of plain text: no Markdown, no HTML, no end of a table cell or of `code`."""
     if name is None:
         return None
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
@@ -225,4 +226,4 @@ def as_text(name: str | None) -> str | None:
 def _shown(value: object) -> str:
     if value is None:
         return "unset"
-    return f"{value:g}" if isinstance(value, float) else as_text(str(value))
+    return f"{value:g}" if isinstance(value, float) else str(as_text(str(value)))

@@ -1,7 +1,7 @@
-"""SIGTERM ends a run in good order: a checkpoint, then an exit status that says "start me again".
+"""Preemption: after SIGTERM the run saves a checkpoint and exits with a status that asks for a restart.
 
-Schedulers take a node back with SIGTERM and, some time later, SIGKILL. Not here: writing the checkpoint (the trainer),
-and what was lost where SIGKILL came alone: the steps since the last checkpoint.
+Schedulers take a node back with SIGTERM and, some time later, SIGKILL. Not here: writing the checkpoint (the trainer).
+A SIGKILL without SIGTERM loses the steps since the last checkpoint.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 
-# EX_TEMPFAIL of sysexits.h: a temporary failure, "the user is invited to retry".
+# EX_TEMPFAIL of sysexits.h: temporary failure, "the user is invited to retry".
 EXIT_STATUS = 75
-# How long a loader's worker may be there after its loader was killed.
+# Seconds that a data loader worker may outlive its loader when the loader is killed.
 SECONDS_TO_OUTLIVE_THE_LOADER = 5
 
 
 class Preempted(SystemExit):
-    """Ends the process with status 75 after SIGTERM; a program that calls the trainer may catch it."""
+    """Exit with status 75, raised after SIGTERM; a program that calls the trainer may catch this exception."""
 
     def __init__(self, message: str):
         super().__init__(EXIT_STATUS)
@@ -33,12 +33,12 @@ class Preempted(SystemExit):
 
 
 class Preemption(TrainerCallback):
-    """Has the Trainer save and stop after the step in which any rank got SIGTERM.
+    """Callback that makes the Trainer save and stop after any rank received SIGTERM.
 
-    Ranks agree on the step: each step's answers are added up while the next one runs, so no device waits for it.
+    All ranks stop at the same step: the votes of each step are reduced while the next step runs, so no device waits.
 
     Attributes:
-        agreed: the run is stopping, or has stopped, because of SIGTERM.
+        agreed: True if the run is stopping, or has stopped, because of SIGTERM.
     """
 
     def __init__(self):
@@ -50,7 +50,9 @@ class Preemption(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.agreed = self._received = False
         self._votes = None
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # Python allows signal handlers in the main thread only
             self._handler_before = signal.signal(signal.SIGTERM, self._receive)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -82,9 +84,9 @@ class Preemption(TrainerCallback):
 
 
 def outlive_sigterm(worker_init_fn: Callable[[int], None] | None) -> Callable[[int], None]:
-    """A loader's `worker_init_fn` whose workers obey SIGTERM only where their own loader sends it.
+    """Wrap a data loader's `worker_init_fn` so that workers obey SIGTERM only from their own loader.
 
-    Slurm sends it to every process of a step, and a worker that dies takes the run with it before it can save.
+    Slurm sends SIGTERM to every process of a job step, and a worker that dies ends the run before it can save.
     """
     return partial(_start_worker, worker_init_fn)
 
@@ -92,19 +94,19 @@ def outlive_sigterm(worker_init_fn: Callable[[int], None] | None) -> Callable[[i
 def _start_worker(worker_init_fn: Callable[[int], None] | None, worker_id: int) -> None:
     if worker_init_fn is not None:
         worker_init_fn(worker_id)
-    if hasattr(signal, "sigtimedwait"):  # macOS has it not, nor Slurm
+    if hasattr(signal, "sigtimedwait"):  # macOS has neither sigtimedwait nor Slurm
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()
 
 
 def _obey_parent() -> None:
-    """Ends the worker when its loader says so or is gone.
+    """End the worker when its loader sends SIGTERM or is gone.
 
-    PyTorch's own watch begins after this: a loader that is killed before leaves it watching whoever adopted the
-    worker, and the worker there for ever.
+    PyTorch's own check starts later: if the loader is killed before, PyTorch watches the process that adopted the
+    worker, and the worker never ends.
     """
     parent = multiprocessing.parent_process()
-    while parent.is_alive():
+    while parent is not None and parent.is_alive():
         sent = signal.sigtimedwait({signal.SIGTERM}, SECONDS_TO_OUTLIVE_THE_LOADER)
         if sent is not None and sent.si_pid == parent.pid:
             break

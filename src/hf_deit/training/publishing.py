@@ -1,7 +1,7 @@
-"""How DistillationTrainer publishes: the facts for its model card, and the way to the Hub.
+"""Publishing: collects the facts for the model card and uploads to the Hub.
 
-Not here: what the card says (model_card.py). The upload itself is Transformers'; what is added is that failures are
-told in time and in one line, that nothing is lost by them, and that no token is written down.
+Not here: the text of the card (model_card.py). Transformers does the upload; this module adds early, one-line errors,
+saves the model before any upload can fail, and keeps the token out of every file.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ logger = logging.getLogger(__name__)
 
 
 class PublishingTrainer(ResumableTrainer):
-    """A trainer that writes the model card of its run and talks to the Hub.
+    """Trainer that writes the model card of its run and uploads to the Hub.
 
     Args:
-        data_args: what the images are called.
-        command: words of the command line that started the run.
+        data_args: names of the dataset and its splits, for the card.
+        command: command line that started the run, as separate arguments.
         *args, **kwargs: as for `Trainer`.
 
     Attributes:
-        teacher: what teaches the student; None here, and where only labels do.
-        accuracy: of the model as it is, by the names of `evaluate`; empty once a step has been taken since.
-        teacher_accuracy: of the teacher, likewise.
-        num_model_parameters: counted before anything shards them.
+        teacher: source of the teacher outputs; None in this class, and when only labels are learnt.
+        accuracy: accuracy of the current weights, by the names of `evaluate`; empty after the next training step.
+        teacher_accuracy: accuracy of the teacher, by the names of `evaluate_teacher`.
+        num_model_parameters: number of parameters, counted before they are sharded.
     """
 
     def __init__(self, *args, data_args: DataArguments | None = None, command: Sequence[str] = (), **kwargs):
         super().__init__(*args, **kwargs)
-        self.data_args = data_args or DataArguments(dataset_name=None)
+        self.data_args = data_args or DataArguments(dataset_name=None)  # pyright: ignore[reportArgumentType]
         self.command = command
         self.teacher: TeacherOutputs | None = None
         self.accuracy: dict[str, float] = {}
@@ -59,12 +59,12 @@ class PublishingTrainer(ResumableTrainer):
     def create_model_card(
         self, *, model_name: str | None = None, license: str = "apache-2.0", tags: Sequence[str] = ()
     ) -> None:
-        """Writes README.md into `output_dir`: what was trained on what, how, and how well.
+        """Write the model card, README.md, into `output_dir`.
 
         Args:
-            model_name: by default that of the repository, or of `output_dir`.
-            license: of the weights, one of the Hub's identifiers.
-            tags: besides our own.
+            model_name: name of the model; by default that of the repository, or of `output_dir`.
+            license: license of the weights, one of the Hub's identifiers.
+            tags: tags in addition to those that every card has.
         """
         if self.is_world_process_zero():
             card = build_model_card(self._card_facts(model_name, license, tags))
@@ -91,7 +91,7 @@ class PublishingTrainer(ResumableTrainer):
             model_type=config.model_type,
             architecture=" of ".join(filter(None, (type(self.model).__name__, getattr(config, "architecture", None)))),
             num_parameters=self.num_model_parameters,
-            num_classes=config.num_labels,
+            num_classes=config.num_labels or 0,
             image_size=getattr(transform, "image_size", None) or getattr(config, "image_size", None),
             crop_ratio=getattr(transform, "crop_ratio", None),
             head_fusion=config.head_fusion if hasattr(self.model, "distillation_classifier") else None,
@@ -118,23 +118,23 @@ class PublishingTrainer(ResumableTrainer):
         )
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Creates the repository, and makes sure that it can be written to before hours are spent on training."""
+        """Create the repository and check write access to it, before hours are spent on training."""
         super().init_hf_repo(token, private)
         if self.is_world_process_zero():
-            auth_check(self.hub_model_id, token=token or self.args.hub_token, write=True)
+            auth_check(str(self.hub_model_id), token=token or self.args.hub_token, write=True)
 
     def push_to_hub(self, *args, **kwargs):
-        """As in Transformers; the teacher stays here. Keyword arguments of [`create_model_card`] reach the card.
+        """Upload the run as Transformers does, without the teacher; `license` and `tags` are passed to the card.
 
         Raises:
             ValueError: the upload failed. The model is in `output_dir`; the message has the command to upload it.
         """
-        # Before anything can go wrong. A second time if the repository is there already, but that costs little.
+        # Save before anything can fail. If the repository exists, the model is saved twice, which costs little.
         self.save_model(_internal_call=True)
         self.create_model_card(**{name: value for name, value in kwargs.items() if name in ("license", "tags")})
-        with hub_failures_told(
+        with clear_hub_errors(
             self.args,
-            lambda: f"The model is safe in {self.args.output_dir}; upload it again: {self._upload_command()}",
+            lambda: f"The model is saved in {self.args.output_dir}; upload it again: {self._upload_command()}",
         ):
             return super().push_to_hub(*args, **kwargs)
 
@@ -147,15 +147,17 @@ class PublishingTrainer(ResumableTrainer):
         return shlex.join(words)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """With a card of its own; else that of an earlier run would go up, or none."""
+        """Write a card for the checkpoint first; without it a card of an earlier run, or none, would be uploaded."""
         if self.is_world_process_zero():
             uploading = self.push_in_progress is not None and not self.push_in_progress.is_done()
-            if self.args.hub_always_push or not uploading:  # else nothing is pushed, and the card is being read
+            if (
+                self.args.hub_always_push or not uploading
+            ):  # else nothing is pushed, and the running upload still reads the card
                 self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self) -> None:
-        """Transformers does not look at how an upload in the background ended."""
+        """Warn if a background upload failed, which Transformers does not check."""
         super()._finish_current_push()
         push = getattr(self, "push_in_progress", None)
         for error in filter(None, (job.exception() for job in push.jobs)) if push else ():
@@ -167,7 +169,7 @@ PAPER_BATCH_SIZE = 1024
 
 
 def _settings_that_differ(args: DistillationConfig, config) -> dict[str, tuple[object, object]]:
-    """Name to this run's value and the default's, which is Table 9's."""
+    """Return this run's value and the default (Table 9), by name, for settings that differ."""
     defaults = {item.name: item.default for item in fields(args)}
     values = {name: (value, defaults[name]) for name, value in settings_of(args).items()}
     batch_size = args.effective_batch_size
@@ -180,16 +182,16 @@ def _settings_that_differ(args: DistillationConfig, config) -> dict[str, tuple[o
     return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
 
 
-class UnwrittenToken(str):
-    """A token that is not written down: Transformers pickles its arguments into training_args.bin and uploads that."""
+class UnpickledToken(str):
+    """Hub token that pickles as "": Transformers pickles its arguments into training_args.bin and uploads the file."""
 
     def __reduce__(self):
         return str, ("",)
 
 
 @contextmanager
-def hub_failures_told(args: DistillationConfig, advice: Callable[[], str]) -> Iterator[None]:
-    """Whatever fails inside huggingface_hub as one ValueError: what, why, what to do. All else passes."""
+def clear_hub_errors(args: DistillationConfig, advice: Callable[[], str]) -> Iterator[None]:
+    """Turn errors raised inside huggingface_hub into a one-line UserError with `advice`; pass other errors on."""
     try:
         yield
     except Exception as error:  # httpx, xet and huggingface_hub have dozens of unrelated types
@@ -205,14 +207,14 @@ def _why(error: BaseException) -> str:
         error = error.__cause__
     status = getattr(getattr(error, "response", None), "status_code", None)
     lines = [line.strip().rstrip(".: ") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # Of an answer the first line says it; names and front matter that are refused need all of them.
+    # The first line of an HTTP error is enough; errors about names and front matter need all lines.
     reason = lines[0] if status else ": ".join(lines)
     if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
-        reason = "it does not know the token, or there is none: run `hf auth login`, or set HF_TOKEN"
+        reason = "the token is missing or not valid: run `hf auth login`, or set HF_TOKEN"
     elif status in (403, 404):
         reason = (
-            "this token may not write there, as the name is somebody else's or the token only reads: set hub_model_id "
-            "to <your name>/<model>, or use a token with write permission"
+            "the token may not write there: the name belongs to somebody else, or the token is read-only; set "
+            "hub_model_id to <your name>/<model>, or use a token with write permission"
         )
     elif status is None and not isinstance(error, ValueError):
         reason = f"the connection failed ({reason})"

@@ -1,9 +1,9 @@
-"""Resuming: the trainer's checkpoints are whole, verified and exact, and an unfinished run goes on by itself.
+"""Resuming: an unfinished run resumes by itself, exactly, from complete and verified checkpoints.
 
-What a checkpoint holds is Transformers' (weights, optimizer, schedule, random states, history) and the moving average.
-Data need no state: a view is a function of (seed, epoch, position), and the order can be entered anywhere.
+A checkpoint holds what Transformers saves (weights, optimizer, schedule, random states, history) and the moving
+average. The data need no state: a view is a function of (seed, epoch, position), and the order can start anywhere.
 
-Not here: how a checkpoint is written and checked (checkpoints.py) and SIGTERM (preemption.py).
+Not here: how a checkpoint is written and verified (checkpoints.py) and SIGTERM (preemption.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from ..data.bad_images import BadImages
-from ..processes import by_one_process
+from ..processes import on_main_process
 from . import checkpoints
 from .checkpoints import UNFINISHED, CheckpointError
 from .distillation_config import DistillationConfig, settings_of
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressOfTheRest(ProgressCallback):
-    """Transformers' bar takes the steps before the checkpoint for work of its first second, and promises too much."""
+    """Progress bar whose speed and remaining time count only the steps since resuming, unlike Transformers'."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -46,15 +46,15 @@ class ProgressOfTheRest(ProgressCallback):
 
 
 class ResumableTrainer(Trainer):
-    """Transformers' Trainer whose checkpoints are whole, verified and exact.
+    """Transformers' Trainer with complete, verified checkpoints and exact resuming.
 
     Attributes:
-        bad_images: the damaged images that the training views have met; a new start forgets them.
-        ema: the moving average of the weights, or None.
-        preemption: whether SIGTERM has come.
+        bad_images: damaged images found in training so far; empty when a run starts from the beginning.
+        ema: moving average of the weights, or None.
+        preemption: callback that stops the run after SIGTERM.
     """
 
-    # Narrower than Transformers declares them.
+    # These types are narrower than in Transformers.
     args: DistillationConfig
     model: PreTrainedModel
     train_dataset: Any
@@ -74,23 +74,24 @@ class ResumableTrainer(Trainer):
 
     @cached_property
     def bad_images(self) -> BadImages:
-        """The damaged images that the training views have met."""
+        """Damaged images found in training so far."""
         return BadImages(self.args.output_dir, len(self.train_dataset), self.args.max_bad_images)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
-        """As in Transformers, with checkpoints that are verified before they are opened.
+        """Train as in Transformers, resuming only from a verified checkpoint.
 
         Args:
-            resume_from_checkpoint: a checkpoint's directory; True: the last whole one in `output_dir`; "auto": the
-                same where there is an unfinished run, else a new start. None: a new start.
+            resume_from_checkpoint: directory of a checkpoint; True: the last complete checkpoint in `output_dir`;
+                "auto": the same if `output_dir` holds an unfinished run, else start from the beginning; None: start
+                from the beginning.
 
         Raises:
-            CheckpointError: a checkpoint cannot be written, or is damaged; "auto" met a finished run.
-            Preempted: SIGTERM came, and the run is saved.
+            CheckpointError: a checkpoint cannot be written or is damaged; "auto" found a finished run.
+            Preempted: the run received SIGTERM and is saved.
         """
         checkpoint = None
         if wanted := str(resume_from_checkpoint or ""):
-            found = by_one_process(lambda: checkpoints.checkpoint_to_resume(self.args.output_dir, wanted))
+            found = on_main_process(lambda: checkpoints.checkpoint_to_resume(self.args.output_dir, wanted))
             checkpoint = None if found is None else str(found)
         if self.is_world_process_zero():
             checkpoints.remove_unfinished(self.args.output_dir)
@@ -98,27 +99,27 @@ class ResumableTrainer(Trainer):
         if checkpoint is None:
             self.bad_images.forget()
         else:
-            self._tell_of_resuming(checkpoint)
+            self._report_resume(checkpoint)
         output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         if self.preemption.agreed:
             raise Preempted(
-                f"stopped by SIGTERM after step {self.state.global_step}: the checkpoint is in {self.args.output_dir}"
-                ", and the same command goes on from it"
+                f"stopped by SIGTERM after step {self.state.global_step}: the checkpoint is in "
+                f"{self.args.output_dir}. Start the same command again to resume from it"
             )
         return output
 
-    def _tell_of_resuming(self, checkpoint: str) -> None:
-        """One line that the run goes on, and a warning for each thing that makes it another run."""
+    def _report_resume(self, checkpoint: str) -> None:
+        """Print where the run resumes, and warn about each setting that differs from those of the checkpoint."""
         if not self.is_world_process_zero():
             return
         try:
             step = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).global_step
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(
-                f"checkpoint {checkpoint!r} cannot be gone on from: its {TRAINER_STATE_NAME} is missing or is not a "
-                f"trainer's ({type(error).__name__}: {error}). For its weights alone, name it as model_name_or_path"
+                f"cannot resume from checkpoint {checkpoint!r}: {TRAINER_STATE_NAME} is missing or unreadable "
+                f"({type(error).__name__}: {error}). To use only its weights, set model_name_or_path to the checkpoint"
             ) from error
-        print(f"going on from {checkpoint}, after step {step}", flush=True)
+        print(f"resuming from {checkpoint}, after step {step}", flush=True)
         before, now = checkpoints.facts_of(checkpoint), self._facts_of_run()
         changed = {
             name: (old, now["settings"][name])
@@ -126,11 +127,11 @@ class ResumableTrainer(Trainer):
             if name in now["settings"] and old != now["settings"][name]
         }
         for name, (old, new) in changed.items():
-            logger.warning("resuming with another %s: %s; it was %s until step %d", name, new, old, step)
+            logger.warning("resuming with %s %s, which was %s until step %d", name, new, old, step)
         if before.get("processes", now["processes"]) != now["processes"] and "batch size" not in changed:
             logger.warning(
-                "resuming on %d processes, there were %d: the order of the views is the same, their cut into batches "
-                "and the random numbers of stochastic depth are not, so weights agree but for those",
+                "resuming on %d processes instead of %d: the views and their order are the same, but their split into "
+                "batches and the random numbers of stochastic depth differ, so the weights will differ slightly",
                 *(now["processes"], before["processes"]),
             )
 
@@ -140,10 +141,10 @@ class ResumableTrainer(Trainer):
         return {"processes": args.world_size, "settings": json.loads(json.dumps(settings, default=str))}
 
     def _run_epoch(self, *, epoch: int, train_dataloader: DataLoader, **kwargs) -> None:
-        """Tells the order of the views its epoch.
+        """Set the epoch of the sampler before the epoch runs.
 
-        On several ranks, in an epoch that is gone on with, accelerate's samplers are three deep around ours. Neither
-        it nor Transformers reaches through them, and the rest of the epoch would be that of epoch 0.
+        On several ranks, when an epoch is resumed, accelerate wraps the sampler in three others. Neither accelerate
+        nor Transformers reaches through them, so the rest of the epoch would use the order of epoch 0.
         """
         batches: Any = train_dataloader.batch_sampler
         while hasattr(batches, "batch_sampler"):
@@ -156,7 +157,7 @@ class ResumableTrainer(Trainer):
         return str(Path(directory, UNFINISHED)) if self._writes_aside else directory
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """Transformers' checkpoint and the moving average, written aside; see checkpoints.py."""
+        """Write Transformers' checkpoint and the moving average to a temporary folder, then rename it."""
         folder, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         writer = checkpoints.committed(folder, name, self._facts_of_run()) if self.args.should_save else nullcontext()
         with writer:
@@ -170,9 +171,9 @@ class ResumableTrainer(Trainer):
             rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _write_aside(self, place: Path, model: nn.Module, trial) -> str | None:
-        """Writes this rank's files. Returns what went wrong, for the others to hear."""
+        """Write this rank's files to the temporary folder; return an error as text for the other ranks, or None."""
         kept = self.args.push_to_hub, self.args.save_total_limit
-        # The Trainer would upload from the place it writes to, and delete old checkpoints before this one is whole.
+        # The Trainer would upload from the temporary folder and delete old checkpoints before this one is complete.
         self.args.push_to_hub, self.args.save_total_limit = False, None
         self._writes_aside = True
         try:
@@ -207,9 +208,11 @@ class ResumableTrainer(Trainer):
 
     def _get_dataloader(self, *args, **kwargs) -> DataLoader:
         loader = super()._get_dataloader(*args, **kwargs)
-        torchs = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper reads, but does not set, through it
-        torchs.worker_init_fn = outlive_sigterm(torchs.worker_init_fn)
-        # A loader draws a seed for its workers whenever it starts them: in a resumed run at other moments than in an
-        # uninterrupted one. From the global generator, that would shift every random number that follows.
-        torchs.generator = torch.Generator()
+        torch_loader = getattr(
+            loader, "base_dataloader", loader
+        )  # accelerate's wrapper passes reads of attributes on to it, but not writes
+        torch_loader.worker_init_fn = outlive_sigterm(torch_loader.worker_init_fn)
+        # A loader draws a seed whenever it starts its workers, which in a resumed run happens at other moments than in
+        # an uninterrupted one. Drawn from the global generator, the seed would shift all later random numbers.
+        torch_loader.generator = torch.Generator()
         return loader

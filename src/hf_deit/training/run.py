@@ -1,4 +1,4 @@
-"""A whole run: the lines at its start, training, evaluation, everything it leaves behind, and the table at its end."""
+"""A complete run: prints the banner, trains, evaluates, writes all files and prints the table of accuracies."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 def train_and_save(trainer: DistillationTrainer) -> dict[str, float]:
-    """Trains, evaluates the student and its teacher, and leaves everything a run leaves in `output_dir`.
+    """Train, evaluate the student and the teacher, and write all files of the run to `output_dir`.
 
-    That is model.safetensors, config.json, preprocessor_config.json, README.md (the card), all_results.json,
-    trainer_state.json and report.png. An unfinished run in `output_dir` goes on from its last whole checkpoint.
-    With `push_to_hub` all this goes to the Hub last of all.
+    The files are model.safetensors, config.json, preprocessor_config.json, README.md (the model card),
+    all_results.json, trainer_state.json and report.png. An unfinished run in `output_dir` resumes from its last
+    complete checkpoint. With `push_to_hub` the files are uploaded to the Hub at the end.
 
     Returns:
-        What all_results.json holds: Trainer's names, `eval_top1` and so on as fractions in [0, 1].
+        The content of all_results.json: Trainer's names; `eval_top1` and so on are fractions in [0, 1].
 
     Raises:
-        ValueError: the upload failed; everything else is done.
+        ValueError: the upload failed; all other work is done.
     """
     if trainer.is_world_process_zero():
         print(banner(trainer), flush=True)
     train_metrics = trainer.train(trainer.args.resume_from_checkpoint or "auto").metrics
-    trainer.save_model(_internal_call=True)  # else it would be uploaded here, before there are results
+    trainer.save_model(_internal_call=True)  # _internal_call: no upload before there are results
     if trainer.bad_images:
         train_metrics["bad_images"] = len(trainer.bad_images)
     trainer.save_metrics("train", train_metrics)
@@ -46,17 +46,17 @@ def train_and_save(trainer: DistillationTrainer) -> dict[str, float]:
             Path(trainer.args.output_dir, "report.png"),
             teacher_top1=metrics.get("teacher_top1"),
         )
-    trainer.save_state()  # last: it is what tells a finished run from one that was cut off
+    trainer.save_state()  # last: trainer_state.json marks the run as finished
     if trainer.is_world_process_zero():
-        print(accuracy_table(metrics), f"everything is in {trainer.args.output_dir}", sep="\n", flush=True)
+        print(accuracy_table(metrics), f"All files of the run are in {trainer.args.output_dir}", sep="\n", flush=True)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
-    trainer.accelerator.wait_for_everyone()  # launchers end the others soon after the first that ends
+    trainer.accelerator.wait_for_everyone()  # a launcher ends all processes soon after the first one ends
     return train_metrics | metrics
 
 
 def banner(trainer: DistillationTrainer) -> str:
-    """What is about to happen, in the numbers that most often turn out to be wrong afterwards."""
+    """Return the facts of the run that are most often set wrongly, one line each, printed before training."""
     args = trainer.args
     batch_size = trainer.get_total_train_batch_size(args)
     steps_per_epoch = len(trainer.train_dataset) // batch_size
@@ -70,9 +70,9 @@ def banner(trainer: DistillationTrainer) -> str:
             "loss": args.distillation_type,
             "images": f"{len(trainer.train_dataset):,} to train, {len(trainer.eval_dataset or ()):,} to evaluate",
             "batch": f"{batch_size} views = {args.per_device_train_batch_size} x {args.world_size} processes x "
-            f"{args.gradient_accumulation_steps} accumulation; {args.num_repeats} views of an image",
+            f"{args.gradient_accumulation_steps} accumulation; {args.num_repeats} views of each image",
             "steps": f"{steps:,} = {args.num_train_epochs:g} epochs of {steps_per_epoch:,}, "
-            f"{args.get_warmup_steps(steps):,} of them warm-up",
+            f"of which {args.get_warmup_steps(steps):,} are warm-up",
             "lr": f"{args.learning_rate:.4g} at the peak, {SchedulerType(args.lr_scheduler_type).value}",
             "precision": f"{trainer.accelerator.mixed_precision} on {args.device}",
         }.items()
@@ -80,7 +80,7 @@ def banner(trainer: DistillationTrainer) -> str:
 
 
 def accuracy_table(metrics: dict[str, float]) -> str:
-    """The last lines of a run: held-out accuracy of each head, and of the teacher where there is one."""
+    """Return a table of the held-out accuracy of each head and, if there is one, of the teacher."""
     rows = {
         "class head": "eval_class",
         "distillation head": "eval_distillation",
