@@ -401,13 +401,13 @@ HOSTILE_IMAGES = {
     "JPEG of 4 gigapixels": (jpeg(65_000, 65_000), "4225000000 pixels"),
     "JPEG without height": (jpeg(8, 0), ""),
     "GIF of 4 gigapixels": (gif(65_000, 65_000), "4225000000 pixels"),
-    "EPS": (EPS, "not an image that Pillow can identify"),
+    "EPS": (EPS, "no image that Pillow can identify"),
     "SVG": (
         b"<svg xmlns='http://www.w3.org/2000/svg'><script>x</script></svg>",
-        "not an image that Pillow can identify",
+        "no image that Pillow can identify",
     ),
-    "WMF": (b"\xd7\xcd\xc6\x9a\0\0" + bytes(100), "not an image that Pillow can identify"),
-    "pickle": (pickle.dumps([1, 2, 3]), "not an image that Pillow can identify"),
+    "WMF": (b"\xd7\xcd\xc6\x9a\0\0" + bytes(100), "no image that Pillow can identify"),
+    "pickle": (pickle.dumps([1, 2, 3]), "no image that Pillow can identify"),
 }
 
 

@@ -57,7 +57,7 @@ def test_the_pickled_cifar_is_never_opened(tmp_path, layout, folder, meta, fix):
 
 def test_truncated_files_are_refused(tmp_path):
     (tmp_path / "test_batch.bin").write_bytes(bytes(3073 + 5))
-    with pytest.raises(ValueError, match="test_batch.bin' has 3078 bytes, no multiple of 3073: truncated"):
+    with pytest.raises(ValueError, match="test_batch.bin' has 3078 bytes, no multiple of 3073: the file is truncated"):
         official_layouts.CIFAR10.read(tmp_path, "test")
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\3" + b"\0\0\0\2" * 3 + bytes(7)))
     with pytest.raises(ValueError, match="t10k-images-idx3-ubyte.gz' is not a complete idx file"):

@@ -524,7 +524,7 @@ def test_a_batch_that_is_cut_otherwise_is_refused(tiny_images, tmp_path, record)
     run = trainer(tiny_images(), tmp_path, teacher=None, teacher_replay=str(record))
     views = np.stack([np.zeros(8, int), np.arange(8, 16)], axis=1)
     assert run.teacher(torch.empty(1), views).dtype == torch.int64
-    for wrong in (views[:4], [*views, 0, 1], views[::-1], views + np.arange(8)[:, None] * [1, 0]):
+    for wrong in (views[:4], views + np.array([0, 1]), views[::-1], views + np.arange(8)[:, None] * [1, 0]):
         with pytest.raises(ValueError, match="expected 8 views in a row from a multiple of 8"):
             run.teacher(torch.empty(1), wrong)
     with pytest.raises(ValueError, match="the batch has no view_ids"):

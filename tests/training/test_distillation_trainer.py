@@ -395,7 +395,7 @@ def odd_files(folder):
     damaged = {
         "truncated.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "zero_bytes.jpg": (b"", "empty: 0 bytes"),
-        "text.jpg": (b"<html>Not Found</html>", "not an image that Pillow can identify"),
+        "text.jpg": (b"<html>Not Found</html>", "no image that Pillow can identify"),
         "bomb.png": (
             b"\x89PNG\r\n\x1a\n"
             + b"".join(struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks),
