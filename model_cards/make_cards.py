@@ -51,11 +51,10 @@ TABLE_7_MODELS = ("deit_base", "deit_base_384", "deit_base_distilled", "deit_bas
 TRANSFERRED = "deit_base_distilled"
 TEACHER = "RegNetY-16GF"
 GPUS = yaml.safe_load((ROOT / "recipes" / "accelerate" / "multi_gpu.yaml").read_text("utf-8"))["num_processes"]
-# What a recipe says and a card tells elsewhere.
-NOT_SETTINGS = {
-    *("model_size", "model_name_or_path", "use_distillation_token", "image_size", "head_fusion", "distillation_type"),
-    *("teacher", "teacher_recipe", "dataset_name", "output_dir"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+# Keys of a recipe that a card states outside its table of settings.
+STATED_ELSEWHERE = {
+    *(item.name for kind in (ModelArguments, DataArguments) for item in fields(kind) if item.name != "drop_path_rate"),
+    *("output_dir", "distillation_type", "per_device_train_batch_size", "gradient_accumulation_steps"),
 }
 
 
@@ -124,7 +123,7 @@ def settings_rows(recipe: dict) -> list[tuple[str, str, str]]:
     defaults |= {"drop_path_rate": DeiTConfig.drop_path_rate, "learning_rate": "5e-4 x batch / 512"}
     views = recipe.get("per_device_train_batch_size", defaults["per_device_train_batch_size"])
     batch_size = views * recipe.get("gradient_accumulation_steps", 1) * GPUS
-    rows = [(name, value, defaults[name]) for name, value in recipe.items() if name not in NOT_SETTINGS]
+    rows = [(name, value, defaults[name]) for name, value in recipe.items() if name not in STATED_ELSEWHERE]
     rows += [(f"batch size on {GPUS} GPUs", batch_size, 1024)]
     return [(name, _shown(value), _shown(paper)) for name, value, paper in rows if value != paper]
 

@@ -48,33 +48,46 @@ def names_affecting(kind: type, *affects: Affects) -> list[str]:
 class DataArguments:
     """The images and their size."""
 
-    dataset_name: str = option("imagenet-1k", "Registry name, Hub id, or directory of images or parquet files.")
+    dataset_name: str = option(
+        "imagenet-1k", "Registry name, Hub id, or directory of images or parquet files.", affects="views"
+    )
     data_dir: str | None = option(
-        None, "Directory of the registered dataset. Default: download the dataset from the Hub."
+        None, "Directory of the registered dataset. Default: download the dataset from the Hub.", affects="views"
     )
     category_level: str | None = option(
-        None, "iNaturalist only: category level of the classes, 'kingdom' to 'genus' or 'name' (species; default)."
+        None,
+        "iNaturalist only: category level of the classes, 'kingdom' to 'genus' or 'name' (species; default).",
+        affects="views",
     )
     streaming: bool = option(
-        False, "Read the training images from parquet files during training, without downloading the dataset."
+        False,
+        "Read the training images from parquet files during training, without downloading the dataset.",
+        affects="views",
     )
-    image_column: str | None = option(None, "Column of the images. Default: found from the column types.")
-    label_column: str | None = option(None, "Column of the labels. Default: found from the column types.")
+    image_column: str | None = option(
+        None, "Column of the images. Default: found from the column types.", affects="views"
+    )
+    label_column: str | None = option(
+        None, "Column of the labels. Default: found from the column types.", affects="views"
+    )
     train_split: str | None = option(
-        None, "Split to train on; join several with '+'. Default: the registry's split, else 'train'."
+        None, "Split to train on; join several with '+'. Default: the registry's split, else 'train'.", affects="views"
     )
     eval_split: str | None = option(
-        None, "Split to evaluate on; join several with '+'. Default: the registry's split, else a held-out split."
+        None,
+        "Split to evaluate on; join several with '+'. Default: the registry's split, else a held-out split.",
+        affects="machine",
     )
     max_train_samples: int | None = option(
-        None, "Train on a random subset of this many images (streaming: on the first ones)."
+        None, "Train on a random subset of this many images (streaming: on the first ones).", affects="views"
     )
-    max_eval_samples: int | None = option(None, "Evaluate on a random subset of this many images.")
-    image_size: int = option(224, "Side length of the square views, in pixels.")
+    max_eval_samples: int | None = option(None, "Evaluate on a random subset of this many images.", affects="machine")
+    image_size: int = option(224, "Side length of the square views, in pixels.", affects="views")
     crop_ratio: float | None = option(
         None,
         "Share of the shorter side kept by the centre crop of evaluation. Default: 0.875, but 1 for image_size <= 32 "
         "and >= 384.",
+        affects="machine",
     )
 
     def loading(self) -> dict:
@@ -104,7 +117,7 @@ class ModelArguments:
         None, "How the two heads are combined: 'softmax' (paper), 'logits', 'class' or 'distillation'."
     )
     attn_implementation: str | None = option(
-        None, "Attention: 'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'."
+        None, "Attention: 'sdpa', 'eager', 'flash_attention_2' or 'flex_attention'.", affects="machine"
     )
     teacher: str | None = option(
         None,

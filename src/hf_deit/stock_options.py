@@ -32,11 +32,11 @@ def _honoured(affects: Affects, names: str) -> dict[str, StockOption]:
 
 
 STOCK_OPTIONS: dict[str, StockOption] = {
-    **_honoured("views", "data_seed"),
+    **_honoured("views", "seed data_seed gradient_accumulation_steps"),
     **_honoured(
         "weights",
-        "seed max_steps warmup_steps lr_scheduler_kwargs optim optim_args optim_target_modules adam_beta1 adam_beta2 "
-        "adam_epsilon gradient_accumulation_steps bf16 fp16 tf32 load_best_model_at_end metric_for_best_model "
+        "max_steps warmup_steps lr_scheduler_kwargs optim optim_args optim_target_modules adam_beta1 adam_beta2 "
+        "adam_epsilon bf16 fp16 tf32 load_best_model_at_end metric_for_best_model "
         "greater_is_better full_determinism",
     ),
     **_honoured(

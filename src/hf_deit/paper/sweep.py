@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -21,21 +21,21 @@ import numpy as np
 import yaml
 from scipy import stats
 
-from ..arguments import ModelArguments
+from ..arguments import ModelArguments, names_affecting
 from ..data.registry import REGISTRY
 from ..errors import UserError
 from ..training.checkpoints import is_finished
+from ..training.distillation_config import DistillationConfig
 
 
 # Where a recipe leaves its model: outputs/<folder>/<stem>; in a sweep outputs/<scale>/<folder>/<stem>-seed<n>.
 OUTPUTS = PurePosixPath("outputs")
 # Keys that change neither a view nor the teacher. One that is missing here costs a record that could have been shared,
-# no more: what a record does not answer is refused by the run that would replay it.
-OF_THE_STUDENT = {item.name for item in fields(ModelArguments)} - {"teacher", "teacher_recipe"} | {
-    *("learning_rate", "base_learning_rate", "min_lr", "warmup_lr", "warmup_epochs", "num_train_epochs"),
-    *("weight_decay", "optim", "optim_args", "ema_decay", "label_smoothing_factor", "distillation_alpha"),
-    *("distillation_type", "output_dir"),
-}
+# no more: a run refuses to replay a record that does not fit it.
+OF_THE_STUDENT = (
+    {*names_affecting(ModelArguments, "weights", "machine"), *names_affecting(DistillationConfig, "weights")}
+    | {"output_dir", "optim", "optim_args"}
+) - {"teacher", "teacher_recipe"}
 
 
 @dataclass(frozen=True)

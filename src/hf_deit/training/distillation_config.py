@@ -133,7 +133,7 @@ class DistillationConfig(TrainingArguments):
     # Optimisation
     num_train_epochs: float = option(300, "Number of epochs. One epoch has as many views as the dataset has images.")
     per_device_train_batch_size: int = option(
-        128, "Views per device and forward pass. The default makes 1024 on the paper's 8 GPUs."
+        128, "Views per device and forward pass. The default makes 1024 on the paper's 8 GPUs.", affects="views"
     )
     per_device_eval_batch_size: int = option(
         256, "Images per device and forward pass in evaluation.", affects="machine"
@@ -318,8 +318,10 @@ class DistillationConfig(TrainingArguments):
         The batch layout counts views per device and per step. The split of a step into ranks and accumulated batches
         is left out because it changes no view.
         """
+        # The number of views per device stands below, as the trainer counts it.
+        names = {"view_seed", *names_affecting(type(self), "views")} - {"per_device_train_batch_size"}
         return {
-            **{name: getattr(self, name) for name in ("view_seed", *names_affecting(type(self), "views"))},
+            **{name: getattr(self, name) for name in sorted(names)},
             "views of a device's batch": self.train_batch_size,
             "views of a step": self.effective_batch_size,
             # The device's own random generator fills the erased rectangles.
