@@ -19,9 +19,9 @@ from hf_deit.augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD
 from hf_deit.errors import UserError, run_script
 from hf_deit.models.classifiers import new_classifier
 from hf_deit.paper.machine import describe_machine
-from hf_deit.paper.tables import ModelSpec, expand_models
-from hf_deit.paper.throughput import ThroughputArguments, measure_throughput
-from hf_deit.paper.tradeoff import throughput_rows, throughput_table, tradeoff_points
+from hf_deit.paper.model_names import ModelSpec, expand_models
+from hf_deit.paper.throughput import ThroughputArguments, measure_throughput, throughput_rows, throughput_table
+from hf_deit.paper.tradeoff import tradeoff_points
 from hf_deit.plots.tables import plot_tradeoff
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -150,3 +151,14 @@ class ClassifierArguments:
     def __post_init__(self):
         if isinstance(self.model_args, str):
             self.model_args = json.loads(self.model_args)
+
+
+def words(value: str | Sequence[str] | None) -> list[str]:
+    """Split a list that a user wrote with commas. Blanks around a comma are dropped, blanks inside a word are kept.
+
+    Args:
+        value: `"a, b"`, or several such texts (`["a,b", "c"]`, as `--key a,b c` on a command line or a YAML list
+            arrives); None is an empty list.
+    """
+    values = [value] if isinstance(value, str) else value or []
+    return [word.strip() for text in values for word in str(text).split(",") if word.strip()]

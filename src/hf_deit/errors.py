@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -92,3 +92,13 @@ def _done_by_the_machine(error: Exception) -> str | None:
             f"(see dmesg), a full /dev/shm, a crash in a library (use dataloader_num_workers: 0 to see it). {again}"
         )
     return None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the type of an error without message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def some_of(names: Sequence[str], count: int = 3) -> str:
+    """The first few names, for a message."""
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from .errors import UserError
 
@@ -32,3 +33,8 @@ def on_main_process(action: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def current_process() -> PartialState:
+    """The rank of this process and the number of processes. Without a GPU, accelerate needs `cpu=True` for several."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())

@@ -14,8 +14,9 @@ from support.evaluation import (
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_deit import parse_recipe
+from hf_deit.arguments import words
 from hf_deit.errors import run_script
-from hf_deit.evaluation.report import EvaluationArguments, words
+from hf_deit.evaluation.report import EvaluationArguments
 from hf_deit.paper.analysis import AnalysisArguments
 
 

@@ -3,7 +3,8 @@
 import pytest
 import timm
 
-from hf_deit.models.class_names import class_names, class_order, some_of
+from hf_deit.errors import some_of
+from hf_deit.models.class_names import class_names, class_order
 
 
 def test_imagenet_names_match_in_each_of_their_spellings():

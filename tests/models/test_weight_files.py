@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from hf_deit.errors import first_line
 from hf_deit.models.classifiers import find_classifier
-from hf_deit.models.weight_files import fingerprint, first_line, read_weights
+from hf_deit.models.weight_files import fingerprint, read_weights
 
 
 class Bomb:

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from hf_deit import DeiTConfig, DeiTForImageClassification, DeiTForImageClassificationWithTeacher
-from hf_deit.paper.tables import PAPER_TABLES, ModelSpec, expand_models, paper_rows
+from hf_deit.paper.tables import PAPER_TABLES
+from hf_deit.paper.tradeoff import paper_rows
 
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -116,35 +117,6 @@ def test_the_families_of_table_5_are_its_blocks():
 
 
 # --- names ---
-
-
-def test_a_table_stands_for_its_rows():
-    assert expand_models("table1") == ["tiny", "small", "base"]
-    assert expand_models("base, table1") == ["base", "tiny", "small"]
-    assert expand_models("table10") == ["base@160", "base", "base@320", "base@384"]
-    table5 = expand_models("table5")
-    assert {"timm:tf_efficientnet_b1@240", "base-distilled@384", "tiny"} <= set(table5)
-    assert len(table5) == len(set(table5)) == 25
-
-
-@pytest.mark.parametrize("name", ["huge", "tiny@", "stock:resnet50", "table5,tinny", "timm:", ""])
-def test_an_unknown_model_is_refused(name):
-    with pytest.raises(ValueError, match="expected tiny, small or base|name at least one"):
-        expand_models(name)
-
-
-@pytest.mark.parametrize(
-    "spec, architecture",
-    [
-        ("stock:base-distilled@384", "base-distilled"),
-        ("timm:deit_base_distilled_patch16_384", "base-distilled"),
-        ("timm:deit_small_patch16_224", "small"),
-        ("timm:deit3_small_patch16_224", "timm:deit3_small_patch16_224"),
-        ("timm:resnet50@288", "timm:resnet50"),
-    ],
-)
-def test_one_network_has_one_name(spec, architecture):
-    assert ModelSpec.parse(spec).architecture == architecture
 
 
 def test_whoever_wrote_it_a_network_has_the_same_rows_in_the_paper():

@@ -8,8 +8,10 @@ from support.throughput import arguments
 
 from hf_deit.paper.throughput import (
     Throughput,
+    throughput_rows,
+    throughput_table,
 )
-from hf_deit.paper.tradeoff import throughput_rows, throughput_table, tradeoff_points
+from hf_deit.paper.tradeoff import tradeoff_points
 
 
 TINY = Throughput("tiny", 224, 5_717_416, 1_250_000_000, 8, 57_000_000, (1.0, 1.0, 1.0, 3.0))

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
@@ -23,6 +22,7 @@ from ..augmentation.mixing import normalize
 from ..augmentation.transforms import build_eval_transform
 from ..data.views import EvalViews, collate_views
 from ..errors import UserError
+from ..processes import current_process
 from .classifier import Classifier
 from .metrics import ReaLAccuracy, TopKAccuracy, top_classes
 
@@ -133,11 +133,6 @@ def predict(
         losses=whole(1),
         labels=labels if isinstance(labels[0], list) else np.array(labels),
     )
-
-
-def current_process() -> PartialState:
-    """The rank of this process and the number of processes. Without a GPU, accelerate needs `cpu=True` for several."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def _as_mask(labels: list[list[int]], logits: Tensor) -> Tensor:

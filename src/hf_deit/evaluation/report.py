@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..arguments import DataArguments, option
+from ..arguments import DataArguments, option, words
 from ..errors import UserError
+from ..processes import current_process
 from .classifier import HEADS, Classifier
-from .predict import Predictions, current_process
+from .predict import Predictions
 
 
 @dataclass
@@ -53,17 +54,6 @@ class EvaluationArguments(DataArguments):
             raise UserError("models is not set: name one or several, with commas between them")
         if unknown := [head for head in self.heads if head not in HEADS]:
             raise UserError(f"heads has {unknown[0]!r}; the heads are {', '.join(HEADS)}")
-
-
-def words(value: str | Sequence[str] | None) -> list[str]:
-    """Split a list that a user wrote with commas. Blanks around a comma are dropped, blanks inside a word are kept.
-
-    Args:
-        value: `"a, b"`, or several such texts (`["a,b", "c"]`, as `--key a,b c` on a command line or a YAML list
-            arrives); None is an empty list.
-    """
-    values = [value] if isinstance(value, str) else value or []
-    return [word.strip() for text in values for word in str(text).split(",") if word.strip()]
 
 
 def _number(kind: type, name: str, word: str) -> float:

@@ -27,11 +27,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import cached_file
 
 from ..errors import UserError
 from .configuration_deit import STOCK_VALUES, DeiTConfig, as_pair
-from .weight_files import read_weights
+from .weight_files import find_file, read_weights
 
 
 logger = logging.getLogger(__name__)
@@ -284,12 +283,12 @@ def _read(source) -> tuple[Mapping[str, Tensor], dict | None, tuple]:
 
 def _read_folder(where: str) -> dict[str, Tensor]:
     """Read the weights of a directory or Hub repository, in one file or in shards."""
-    file = Path(_find(where, *WEIGHT_FILES))
+    file = Path(find_file(where, *WEIGHT_FILES))
     if file.name != SHARD_INDEX:
         return _read_file(file)
     weights = {}
     for shard in set(_read_json(where, SHARD_INDEX).get("weight_map", {}).values()):
-        weights |= _read_file(Path(_find(where, shard)))
+        weights |= _read_file(Path(find_file(where, shard)))
     return weights
 
 
@@ -305,21 +304,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _find(where: str, *names: str) -> str:
-    """The path of the first of `names` that a directory or Hub repository has; Hub files are downloaded."""
-    reasons = []
-    for name in names:
-        try:
-            if (file := cached_file(where, name)) is not None:
-                return file
-            reasons.append(f"it has no {name}")  # Transformers returns None for a directory without config.json
-        except (OSError, ValueError) as error:
-            reasons.append(str(error).strip().partition("\n")[0])
-    raise UserError(f"cannot read {where!r} as a file, directory or Hub id: {reasons[0]}")
-
-
 def _read_json(where: str, name: str) -> dict:
-    file = _find(where, name)
+    file = find_file(where, name)
     try:
         return json.loads(Path(file).read_text("utf-8"))
     except ValueError as error:

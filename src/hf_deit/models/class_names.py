@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, some_of
 
 
 def class_names(id2label: Mapping[int, str] | None, keep_generic: bool = False) -> list[str] | None:
@@ -54,8 +54,3 @@ def _described(names: Sequence[str]) -> Sequence[str]:
         descriptions: Any = ImageNetInfo(subset).label_descriptions(as_dict=True)
         words.update(descriptions)
     return [words.get(name, name) for name in names]
-
-
-def some_of(names: Sequence[str], count: int = 3) -> str:
-    """The first few names, for a message."""
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

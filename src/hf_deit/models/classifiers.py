@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .class_names import class_names, some_of
+from ..errors import UserError, first_line, some_of
+from .class_names import class_names
 from .configuration_deit import as_pair
-from .weight_files import first_line, read_weights
+from .weight_files import read_weights
 
 
 logger = logging.getLogger(__name__)

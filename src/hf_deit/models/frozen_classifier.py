@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .class_names import class_key, class_names, class_order, some_of
+from ..errors import UserError, first_line, some_of
+from .class_names import class_key, class_names, class_order
 from .classifiers import FoundClassifier, logits_of
-from .weight_files import fingerprint, first_line
+from .weight_files import fingerprint
 
 
 class FrozenClassifier(nn.Module):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -45,11 +46,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in content.items()}
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the type of an error without message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 def fingerprint(model: nn.Module) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of all weights and their names, types and shapes."""
     digest = hashlib.sha256()
@@ -57,3 +53,16 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def find_file(where: str, *names: str) -> str:
+    """The path of the first of `names` that a directory or Hub repository has; Hub files are downloaded."""
+    reasons = []
+    for name in names:
+        try:
+            if (file := cached_file(where, name)) is not None:
+                return file
+            reasons.append(f"it has no {name}")  # Transformers returns None for a directory without config.json
+        except (OSError, ValueError) as error:
+            reasons.append(str(error).strip().partition("\n")[0])
+    raise UserError(f"cannot read {where!r} as a file, directory or Hub id: {reasons[0]}")

@@ -25,14 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
-from ..arguments import DataArguments, option
+from ..arguments import DataArguments, option, words
 from ..augmentation.mixing import normalize
 from ..augmentation.transforms import EvalTransform, build_eval_transform
 from ..data.views import EvalViews, collate_views
 from ..errors import UserError
 from ..evaluation.classifier import Classifier, load_classifier
 from ..evaluation.predict import predict
-from ..evaluation.report import words
 from ..models.modeling_deit import (
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
