@@ -37,6 +37,8 @@ REPOSITORY_TESTS = {
 
 # Modules whose tests stand with another's, and with which.
 TESTED_WITH = {
+    "augmentation/random_draws.py": "augmentation/policies.py",
+    "teachers/teacher_outputs.py": "teachers/record.py",
     "teachers/fingerprint.py": "teachers/record.py",
     "teachers/recording.py": "teachers/record.py",
     "teachers/replaying.py": "teachers/record.py",

@@ -8,32 +8,11 @@ from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from ..errors import UserError
 from .operations import Operation
-
-
-class Generator(Protocol):
-    """Source of random choices: a `random.Random` (quick to seed), a NumPy generator, or anything similar."""
-
-    def random(self) -> float:
-        """Return a uniform number in [0, 1)."""
-        ...
-
-
-def draw_uniform(low: float, high: float, rng: Generator) -> float:
-    """Draw a uniform number in [low, high)."""
-    return low + (high - low) * rng.random()
-
-
-def draw_index(count: int, rng: Generator) -> int:
-    """Draw a uniform whole number in [0, count)."""
-    return int(count * rng.random())
-
-
-def _normal(mean: float, std: float, rng: Generator) -> float:
-    return mean + std * math.sqrt(-2 * math.log(1 - rng.random())) * math.cos(2 * math.pi * rng.random())  # Box-Muller
+from .random_draws import Generator, draw_index, draw_normal, draw_uniform
 
 
 def _signed(value: float, rng: Generator) -> float:
@@ -201,7 +180,7 @@ class _Magnitudes:
         if self.std == math.inf:
             magnitude = draw_uniform(0, magnitude, rng)
         elif self.std > 0:
-            magnitude = _normal(magnitude, self.std, rng)
+            magnitude = draw_normal(magnitude, self.std, rng)
         return Operation(step.name, argument(max(0.0, min(magnitude, self.maximum)) / 10, rng))
 
 

@@ -35,7 +35,8 @@ os.environ.setdefault(
 
 from ..errors import UserError
 from .operations import Operation, apply_operations
-from .policies import AutoAugment, ColorJitter, Generator, RandAugment, draw_index, draw_uniform, parse_auto_augment
+from .policies import AutoAugment, ColorJitter, RandAugment, parse_auto_augment
+from .random_draws import Generator, draw_index, draw_uniform
 
 
 cv2.setNumThreads(0)  # loader workers already use all cores, and cv2's threads do not survive a fork

@@ -89,5 +89,5 @@ class BadImages:
 
 
 def _in_one_field(text: str) -> str:
-    """Replace tabs, line ends and characters that UTF-8 cannot encode: file names are not always valid text."""
+    """Make the path or fault of a damaged image one field of a line: no tabs, no line ends, valid UTF-8."""
     return text.translate(str.maketrans("\t\r\n", "   ")).encode("utf-8", "replace").decode("utf-8")

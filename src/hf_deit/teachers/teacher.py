@@ -18,7 +18,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,43 +99,6 @@ def _split(spec: Spec | Sequence[Spec]) -> list[Spec]:
     if not specs:
         raise UserError(f"no teacher in {spec!r}. {ACCEPTED_FORMS}")
     return specs
-
-
-class TeacherOutputs(Protocol):
-    """What the trainer needs of what teaches a student: a [`Teacher`], one that is recorded, or a record alone.
-
-    Attributes:
-        name: of the teacher.
-        sha256: fingerprint of its weights, 16 hexadecimal digits.
-        num_parameters: of its networks together.
-        classifier: the network, where it is in memory; its accuracy is that of this.
-        replays: what is replayed from a record, in words; None where the network itself is run.
-    """
-
-    name: str
-    sha256: str
-    num_parameters: int
-    replays: str | None
-
-    @property
-    def classifier(self) -> Teacher | None: ...
-
-    def __call__(self, pixel_values: Tensor, view_ids: np.ndarray | None = None) -> Tensor:
-        """Logits `(batch, classes)` float32 in the student's order; from a record also decisions `(batch,)` int64.
-
-        Args:
-            pixel_values: float `(batch, 3, height, width)`, normalised with the student's mean and std.
-            view_ids: `(batch, 2)` int64, epoch and position of each view, on the host.
-        """
-        ...
-
-    def commit(self, steps: int) -> None:
-        """Make sure that everything up to this optimiser step is on the disk; the trainer calls it on every rank."""
-        ...
-
-    def describe(self) -> str:
-        """One line for the start of a run."""
-        ...
 
 
 class Teacher(nn.Module):

@@ -30,7 +30,8 @@ from ..models.configuration_deit import DeiTConfig
 from ..teachers.fingerprint import fingerprint_of_views
 from ..teachers.recording import RecordingTeacher
 from ..teachers.replaying import ReplayedTeacher
-from ..teachers.teacher import Teacher, TeacherOutputs
+from ..teachers.teacher import Teacher
+from ..teachers.teacher_outputs import TeacherOutputs
 from . import run
 from .distillation_config import DistillationConfig
 from .health import Health

@@ -23,7 +23,7 @@ from ..arguments import DataArguments
 from ..data.registry import REGISTRY
 from ..errors import UserError
 from ..models.configuration_deit import DeiTConfig
-from ..teachers.teacher import TeacherOutputs
+from ..teachers.teacher_outputs import TeacherOutputs
 from .distillation_config import BASE_BATCH_SIZE, PAPER_BASE_LEARNING_RATE, DistillationConfig, settings_of
 from .model_card import CardFacts, build_model_card, hub_id
 from .resuming import ResumableTrainer
