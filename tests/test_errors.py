@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.recipes import KINDS
+from support.recipes import KINDS, SHORT
 from torch.utils.data import DataLoader
 
 from hf_deit import TrainViews, build_train_transform, parse_recipe
-from hf_deit.errors import run_script
+from hf_deit.errors import UserError, refusals_of_libraries, run_script
 
 
 def test_our_errors_are_one_line_and_bugs_keep_their_traceback(recipe):
@@ -31,7 +31,7 @@ def test_our_errors_are_one_line_and_bugs_keep_their_traceback(recipe):
 
 def test_a_refusal_ends_the_process_with_a_status(recipe):
     program = (
-        "import sys; from hf_deit import *; from hf_deit.errors import run_script\n"
+        "import sys; from hf_deit import *; from hf_deit.errors import UserError, refusals_of_libraries, run_script\n"
         "run_script(lambda: parse_recipe((ModelArguments, DataArguments, DistillationConfig)))"
     )
     done = subprocess.run([sys.executable, "-c", program, recipe("xyzzy: 1")], capture_output=True, text=True)
@@ -80,3 +80,42 @@ def test_what_the_machine_does_to_a_run_is_one_line_too():
         run_script(lambda: list(DataLoader(KilledSet(), num_workers=1)))
     with pytest.raises(FileNotFoundError):
         run_script(lambda: Path("not there").read_text())
+
+
+def test_what_a_library_rejects_is_the_users_and_what_ours_breaks_is_not(tmp_path):
+    from accelerate.utils import TorchDynamoPlugin
+
+    def rejected():
+        TorchDynamoPlugin(backend="foo")  # the standard library's enum raises, for accelerate
+
+    def ours():
+        int("a bug")
+
+    with pytest.raises(UserError, match="rejected: 'FOO' is not a valid DynamoBackend"), refusals_of_libraries():
+        rejected()
+    with pytest.raises(UserError, match="rejected: No module named 'no_such_package'"), refusals_of_libraries():
+        import no_such_package  # noqa: F401
+    for broken in (ours, lambda: torch.zeros(2).view(3)):
+        with pytest.raises((ValueError, RuntimeError)) as error, refusals_of_libraries():
+            broken()
+        assert not isinstance(error.value, UserError)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--torch_compile_backend", "foo"], "'FOO' is not a valid DynamoBackend"),
+        (["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"foo": 1}'], "unexpected keyword .*'foo'"),
+        (["--attn_implementation", "flash_attention_2"], "FlashAttention2"),
+        (["--report_to", "wandb"], "requires wandb"),
+        (["--optim", "adamw_bnb_8bit"], "bitsandbytes"),
+        (["--fsdp", "full_shard"], "fsdp only works in distributed training"),
+    ],
+)
+def test_an_option_that_cannot_work_here_is_one_line(import_script, tmp_path, words, message):
+    script = import_script("run_distill")
+    short = [word for name, value in SHORT.items() for word in (f"--{name}", str(value))]
+    words = [*short, "--distillation_type", "label", "--output_dir", str(tmp_path), *words]
+    with pytest.raises(SystemExit, match=f"^error: an option of this run was rejected: .*{message}") as end:
+        run_script(lambda: script.main(words))
+    assert "\n" not in end.value.code

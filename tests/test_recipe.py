@@ -77,3 +77,18 @@ def test_what_transformers_refuses_is_one_line_too(recipe):
     path = recipe("eval_strategy: sometimes")
     with pytest.raises(SystemExit, match="^error: sometimes is not a valid IntervalStrategy"):
         run_script(lambda: parse_recipe(KINDS, [path]))
+
+
+def test_the_default_recipe_is_reported_and_gives_way_to_what_replaces_it(recipe, capsys):
+    default = recipe("hidden_size: 64\nimage_size: 16")
+    model, data, _ = parse_recipe(KINDS, ["--teacher", "x"], default, {"model_name_or_path": {"hidden_size"}})
+    assert (model.hidden_size, data.image_size) == (64, 16)
+    assert "no recipe is named: the settings of recipe.yaml apply" in capsys.readouterr().out
+    words = ["--model_name_or_path=mine"]
+    model, data, _ = parse_recipe(KINDS, words, default, {"model_name_or_path": {"hidden_size"}})
+    assert (model.hidden_size, data.image_size) == (None, 16)
+    model, _, _ = parse_recipe(KINDS, [default, *words], None, {"model_name_or_path": {"hidden_size"}})
+    assert model.hidden_size == 64  # of a recipe that was named, every key counts
+    capsys.readouterr()
+    parse_recipe(KINDS, [], default)
+    assert capsys.readouterr().out == ""

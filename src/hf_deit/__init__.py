@@ -16,11 +16,11 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot see through __g
     from .arguments import ModelArguments as ModelArguments
     from .augmentation.mixing import Mixing as Mixing
     from .augmentation.transforms import build_eval_transform as build_eval_transform
+    from .augmentation.transforms import build_image_processor as build_image_processor
     from .augmentation.transforms import build_train_transform as build_train_transform
     from .data.loading import load_image_dataset as load_image_dataset
     from .data.views import EvalViews as EvalViews
     from .data.views import TrainViews as TrainViews
-    from .data.views import build_image_processor as build_image_processor
     from .data.views import load_views as load_views
     from .errors import UserError as UserError
     from .evaluation.classifier import load_classifier as load_classifier
@@ -56,7 +56,7 @@ _MODULE_OF = {
     "TrainViews": "data.views",
     "UserError": "errors",
     "build_eval_transform": "augmentation.transforms",
-    "build_image_processor": "data.views",
+    "build_image_processor": "augmentation.transforms",
     "build_train_transform": "augmentation.transforms",
     "distillation_loss": "losses",
     "export_model": "models.export",

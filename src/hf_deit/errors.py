@@ -36,13 +36,18 @@ def refusals_of_libraries() -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
-        frames = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
-        raised_by = {"transformers", "accelerate"} & set(frames[-1]) or isinstance(error, ImportError)
-        if not raised_by:
+    except (ImportError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        if not (isinstance(error, ImportError) or _raised_for_a_library(error)):
             raise
         text = " ".join(str(error).split())
         raise UserError(f"an option of this run was rejected: {text}") from error
+
+
+def _raised_for_a_library(error: Exception) -> bool:
+    """Whether the innermost package on the way to the error, the standard library aside, is one of theirs."""
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    packages = [file for file in files if "site-packages" in file.parts or Path(__file__).parent in file.parents]
+    return bool(packages) and bool({"transformers", "accelerate"} & set(packages[-1].parts))
 
 
 def run_script(main: Callable[[], object]) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,25 +23,39 @@ from .errors import UserError
 
 
 def parse_recipe(
-    dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, default_recipe: str | Path | None = None
+    dataclass_types: Sequence[Any],
+    argv: Sequence[str] | None = None,
+    default_recipe: str | Path | None = None,
+    replaced_by: Mapping[str, Collection[str]] | None = None,
 ) -> tuple:
     """Parse `[recipe.yaml] [--key value ...]` into one instance of each dataclass.
 
     Args:
         dataclass_types: the run's dataclasses; no two of them may share a field name.
         argv: the command line after the script's name; `sys.argv[1:]` if None.
-        default_recipe: recipe to use if the command line does not begin with one.
+        default_recipe: recipe to use if the command line does not begin with one. One line reports that it is used.
+        replaced_by: for an option of the command line, the keys of the default recipe that then do not apply.
 
     Raises:
         ValueError: the recipe cannot be read, a key is unknown (the message suggests the nearest known key), or a
             dataclass rejects a value. A value of the wrong type ends the program with argparse's message and status 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    recipe = argv.pop(0) if argv and not argv[0].startswith("-") else default_recipe
+    named = argv.pop(0) if argv and not argv[0].startswith("-") else None
+    recipe = default_recipe if named is None else named
     known = {item.name for kind in dataclass_types for item in fields(kind) if item.init}
     parser = HfArgumentParser(dataclass_types, usage="%(prog)s [recipe.yaml] [--key value ...]", allow_abbrev=False)
     if recipe is not None:
-        parser.set_defaults(**_read_recipe(Path(recipe), known))
+        keys = _read_recipe(Path(recipe), known)
+        options = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
+        if named is None and options & known:
+            for option in options & (replaced_by or {}).keys():
+                keys = {key: value for key, value in keys.items() if key not in replaced_by[option]}
+            if os.environ.get("RANK", "0") == "0":
+                print(
+                    f"no recipe is named: the settings of {Path(recipe).name} apply where the command line gives none"
+                )
+        parser.set_defaults(**keys)
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True

@@ -33,6 +33,9 @@ os.environ.setdefault(
     "NO_ALBUMENTATIONS_UPDATE", "1"
 )  # otherwise importing albumentations looks online for a newer version
 
+
+from transformers import DeiTImageProcessor
+
 from ..errors import UserError
 from .operations import Operation, apply_operations
 from .policies import AutoAugment, ColorJitter, RandAugment, parse_auto_augment
@@ -324,3 +327,16 @@ def build_eval_transform(image_size: int = 224, *, crop_ratio: float | None = No
 def _check_image_size(image_size: int) -> None:
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
         raise UserError(f"image_size must be a whole number of pixels, got {image_size!r}.")
+
+
+def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:
+    """Build the image processor to save with a model: the evaluation transform, then ImageNet's mean and deviation.
+
+    The class defaults of Transformers (resize to 256 x 256, mean and deviation 0.5) are not the paper's.
+    """
+    return DeiTImageProcessor(
+        size={"shortest_edge": int(transform.image_size / transform.crop_ratio)},
+        crop_size={"height": transform.image_size, "width": transform.image_size},
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import set_seed
 
 from ..arguments import DataArguments, ModelArguments
+from ..errors import refusals_of_libraries
 from ..recipe import parse_recipe
 from ..training.distillation_config import DistillationConfig
 from .teacher import find_or_train_teacher
@@ -42,7 +44,9 @@ def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str])
         ValueError: the recipe, the images, the student or the teacher is not usable.
     """
     # 1. The settings
-    model_args, data_args, training_args = parse_recipe(KINDS, argv, recipes / "quickstart.yaml")
+    # A checkpoint has an architecture of its own, so that of the quickstart's student does not apply to it.
+    architecture = {"model_name_or_path": {item.name for item in fields(ModelArguments)} - {"teacher_recipe"}}
+    model_args, data_args, training_args = parse_recipe(KINDS, argv, recipes / "quickstart.yaml", architecture)
     # Slow imports come after parsing, so that a wrong command line is reported at once.
     from ..data.views import load_views
     from ..teachers.teacher import load_teacher
@@ -58,7 +62,8 @@ def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str])
     views = load_views(data_args, seed=training_args.view_seed, **training_args.transform_options())
 
     # 3. The student and its teacher
-    student = build_student(model_args, data_args.image_size, views.id2label)
+    with refusals_of_libraries():  # a missing attention backend, say
+        student = build_student(model_args, data_args.image_size, views.id2label)
     teacher = None
     if needs_teacher and model_args.teacher is not None:
         teacher = load_teacher(

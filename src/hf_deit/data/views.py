@@ -18,12 +18,10 @@ from transformers import DeiTImageProcessor
 
 from ..arguments import DataArguments
 from ..augmentation.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    EvalTransform,
     TrainTransform,
     ViewParameters,
     build_eval_transform,
+    build_image_processor,
     build_train_transform,
 )
 from ..errors import UserError
@@ -172,19 +170,6 @@ def _rows(images: Any, indices: list[int]) -> list[dict]:
 
 def _path(row: dict) -> str | None:
     return (row["image"] or {}).get("path")
-
-
-def build_image_processor(transform: EvalTransform) -> DeiTImageProcessor:
-    """Build the image processor to save with a model: the evaluation transform, then ImageNet's mean and deviation.
-
-    The class defaults of Transformers (resize to 256 x 256, mean and deviation 0.5) are not the paper's.
-    """
-    return DeiTImageProcessor(
-        size={"shortest_edge": int(transform.image_size / transform.crop_ratio)},
-        crop_size={"height": transform.image_size, "width": transform.image_size},
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
-    )
 
 
 def collate_views(examples: list[dict]) -> dict[str, Tensor | np.ndarray | list]:

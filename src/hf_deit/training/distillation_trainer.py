@@ -208,6 +208,11 @@ class DistillationTrainer(PublishingTrainer):
         with refusals_of_libraries():
             return super().create_optimizer(*args, **kwargs)
 
+    def create_scheduler(self, *args, **kwargs):
+        """Create the schedule as Transformers does; arguments that it does not take are a one-line UserError."""
+        with refusals_of_libraries():
+            return super().create_scheduler(*args, **kwargs)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names of the parameters that AdamW decays: the matrices and the distillation token."""
         return get_parameter_names(model, [nn.LayerNorm], list(NOT_DECAYED))
