@@ -33,6 +33,7 @@ INSTALL = [
 ]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 TENSORBOARD = ["tensorboard"]
+HEIF = ["pillow-heif"]  # photos of iPhones
 DEV = [*EXPORT, *TENSORBOARD, "parameterized", "pyright[nodejs]", "pytest", "pytest-xdist", "ruff"]
 
 setup(
@@ -64,5 +65,5 @@ setup(
     packages=find_packages("src"),
     package_data={"hf_deit": ["py.typed"], "hf_deit.training": ["*.md"]},
     install_requires=INSTALL,
-    extras_require={"dev": DEV, "export": EXPORT, "tensorboard": TENSORBOARD},
+    extras_require={"dev": DEV, "export": EXPORT, "heif": HEIF, "tensorboard": TENSORBOARD},
 )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot see through __g
     from .augmentation.transforms import build_eval_transform as build_eval_transform
     from .augmentation.transforms import build_image_processor as build_image_processor
     from .augmentation.transforms import build_train_transform as build_train_transform
+    from .data.decoding import decode_image as decode_image
     from .data.loading import load_image_dataset as load_image_dataset
     from .data.views import EvalViews as EvalViews
     from .data.views import TrainViews as TrainViews
@@ -58,6 +59,7 @@ _MODULE_OF = {
     "build_eval_transform": "augmentation.transforms",
     "build_image_processor": "augmentation.transforms",
     "build_train_transform": "augmentation.transforms",
+    "decode_image": "data.decoding",
     "distillation_loss": "losses",
     "export_model": "models.export",
     "load_classifier": "evaluation.classifier",

@@ -1,6 +1,7 @@
 """decoding.py: every kind of file becomes the RGB picture it shows."""
 
 import io
+import os
 import random
 import struct
 import warnings
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from hf_deit.data import decoding as decoding_module
-from hf_deit.data.decoding import DamagedImage, Part, decode_image
+from hf_deit.data.decoding import DamagedImage, Part, decode_image, storable_path
 
 
 def encoded(image, format="PNG", **options):
@@ -362,3 +363,129 @@ def test_a_lack_of_memory_is_not_damage(monkeypatch):
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(MemoryError):
         decode_image(encoded(photograph(), "PNG"))
+
+
+# Modes
+
+
+def tiff(pixels, photometric, bits, samples=1, sample_format=1, order="<", extra=()):
+    """A TIFF of 24 x 32 pixels written by hand: one strip of `pixels`, which are bytes."""
+    tags = {256: [32], 257: [24], 258: [bits] * samples, 259: [1], 262: [photometric], 273: [0], 277: [samples]}
+    tags |= {278: [24], 279: [len(pixels)], 339: [sample_format] * samples}
+    if extra:
+        tags[338] = list(extra)
+    start = 8 + 2 + 12 * len(tags) + 4
+    tags[273] = [start + sum(2 * len(values) for values in tags.values() if len(values) > 2)]
+    longer, entries = b"", b""
+    for tag, values in sorted(tags.items()):
+        if len(values) > 2:
+            entries += struct.pack(f"{order}HHII", tag, 3, len(values), start + len(longer))
+            longer += struct.pack(f"{order}{len(values)}H", *values)
+        elif tag in (273, 279):
+            entries += struct.pack(f"{order}HHII", tag, 4, 1, values[0])
+        else:
+            entries += struct.pack(f"{order}HHI2H", tag, 3, len(values), *[*values, 0][:2])
+    kind = {"<": b"II", ">": b"MM"}[order]
+    head = kind + struct.pack(f"{order}HI", 42, 8) + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+    return {"bytes": head + longer + pixels, "path": None}
+
+
+RAMP = (np.arange(24 * 32, dtype=np.uint32) * 85).reshape(24, 32).astype(np.uint16)  # 0 ... 65195
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_sixteen_bits_of_either_byte_order_keep_the_upper_eight(order):
+    decoded = decode_image(tiff(RAMP.astype(f"{order}u2").tobytes(), 1, 16, order=order))
+    np.testing.assert_array_equal(decoded, np.repeat((RAMP // 256)[..., None], 3, axis=2))
+
+
+def test_sixteen_bits_whose_zero_is_white_are_inverted():
+    decoded = decode_image(tiff(RAMP.astype("<u2").tobytes(), 0, 16))
+    np.testing.assert_array_equal(decoded[..., 1], (65535 - RAMP.astype(int)) // 256)
+
+
+def test_twelve_bits_fill_the_range():
+    values = (RAMP // 16).reshape(-1, 2).astype(np.uint32)  # 0 ... 4074, two in three bytes
+    packed = np.stack([values[:, 0] >> 4, (values[:, 0] & 15) << 4 | values[:, 1] >> 8, values[:, 1] & 255], axis=1)
+    decoded = decode_image(tiff(packed.astype(np.uint8).tobytes(), 1, 12))
+    np.testing.assert_array_equal(decoded[..., 2], RAMP // 256)
+
+
+def test_a_pgm_of_sixteen_bits_is_scaled():
+    data = b"P5 32 24 65535\n" + RAMP.astype(">u2").tobytes()
+    np.testing.assert_array_equal(decode_image({"bytes": data, "path": None})[..., 0], RAMP // 256)
+
+
+@pytest.mark.parametrize(
+    "type, bits, format, mode, order",
+    [
+        *(("f4", 32, 3, "F", order) for order in "<>"),
+        *(("i4", 32, 2, "I", order) for order in "<>"),
+        *(("i2", 16, 2, "I", order) for order in "<>"),
+        ("u4", 32, 1, "I", "<"),
+    ],
+)
+def test_a_mode_without_a_known_range_is_damage_and_named(type, bits, format, mode, order):
+    file = tiff(RAMP.astype(order + type).tobytes(), 1, bits, sample_format=format, order=order)
+    with pytest.raises(DamagedImage, match=f"^mode {mode} has no known range; convert to 8 or 16 bit$"):
+        decode_image(file)
+
+
+def test_a_float_map_has_no_known_range():
+    data = b"Pf\n32 24\n-1.0\n" + (RAMP / 65535).astype("<f4").tobytes()
+    with pytest.raises(DamagedImage, match="mode F has no known range"):
+        decode_image({"bytes": data, "path": None})
+
+
+def test_ycbcr_has_its_colours(gradient):
+    """Against the equations of JFIF."""
+    y, cb, cr = np.moveaxis(gradient.astype(float), -1, 0)
+    expected = np.stack(
+        [y + 1.402 * (cr - 128), y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), y + 1.772 * (cb - 128)], axis=-1
+    ).clip(0, 255)
+    decoded = decode_image(tiff(gradient.tobytes(), 6, 8, samples=3))
+    assert np.abs(decoded - expected).max() <= 2
+
+
+def test_lab_has_its_colours():
+    """Against the equations of CIE L*a*b* at D50, to sRGB."""
+    y, x = np.mgrid[:24, :32]
+    stored = np.stack([np.rint((40 + 2 * y) * 2.55), x - 16, y - 12], axis=-1).astype(int)  # soft colours
+    fy = (stored[..., 0] / 2.55 + 16) / 116
+    f = np.stack([fy + stored[..., 1] / 500, fy, fy - stored[..., 2] / 200], axis=-1)
+    xyz = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29)) * (0.9642, 1, 0.8249)
+    # sRGB's primaries, adapted to D50
+    to_xyz = np.array([[0.4360, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
+    linear = (xyz @ np.linalg.inv(to_xyz).T).clip(0, 1)
+    expected = 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    decoded = decode_image(tiff((stored & 255).astype(np.uint8).tobytes(), 8, 8, samples=3))
+    assert np.abs(decoded - expected).max() <= 3
+
+
+def test_cmyk_and_alpha_of_a_tiff(gradient):
+    inks = np.concatenate([gradient, gradient[..., :1] // 2], axis=-1)
+    expected = (255 - inks[..., :3].astype(float)) * (255 - inks[..., 3:].astype(float)) / 255
+    assert np.abs(decode_image(tiff(inks.tobytes(), 5, 8, samples=4)) - expected).max() <= 1
+    np.testing.assert_array_equal(decode_image(tiff(inks.tobytes(), 2, 8, samples=4, extra=[2])), gradient)
+    grey = np.ascontiguousarray(inks[..., [0, 3]])
+    decoded = decode_image(tiff(grey.tobytes(), 1, 8, samples=2, extra=[2]))
+    np.testing.assert_array_equal(decoded, np.repeat(gradient[..., :1], 3, axis=2))
+
+
+def test_a_pipe_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    for path in (str(tmp_path / "a.jpg"), "/dev/zero"):
+        with pytest.raises(DamagedImage, match="is no regular file"):
+            decode_image({"bytes": None, "path": path})
+    with pytest.raises(DamagedImage, match="cannot be read"):
+        decode_image({"bytes": None, "path": "a\0b"})
+
+
+def test_a_path_that_is_not_utf8_is_stored_and_read(tmp_path):
+    for name in (b"caf\xe9 100%41.png", b"\xff#?[*].png"):
+        path = os.fsdecode(os.path.join(os.fsencode(tmp_path), name))
+        photograph().save(path)
+        stored = storable_path(path)
+        assert stored.encode() and stored != path
+        np.testing.assert_array_equal(decode_image({"bytes": None, "path": stored}), np.asarray(photograph()))
+    assert storable_path("/a/café%20.png") == "/a/café%20.png"

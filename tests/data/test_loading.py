@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from dataclasses import replace
 
@@ -221,11 +222,9 @@ def test_image_files_are_read_where_they_are(tmp_path, picture):
 
 
 def test_images_beside_a_leftover_archive_are_found(tmp_path, picture):
-    for name in ("train/a/1.png", "val/a/1.png"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_bytes(picture())
+    write_folders(tmp_path, picture, "train/a,train/b,val/a")
     (tmp_path / "train.tar").write_bytes(b"half a download")
-    assert len(load_image_dataset(str(tmp_path))["train"]) == 1
+    assert len(load_image_dataset(str(tmp_path))["train"]) == 2
 
 
 # --- registered sets ---------------------------------------------------------------------------------------------
@@ -336,13 +335,143 @@ def test_a_directory_that_does_not_fit_is_refused(tmp_path, name, arguments, mes
         load_image_dataset(name, **arguments)
 
 
+def write_named(file, picture, names, labels):
+    """A parquet file whose classes have names of one letter; the red of each image is this letter."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    images = [{"bytes": picture((ord(names[label]) if label >= 0 else 0, 0, 0)), "path": None} for label in labels]
+    datasets.Dataset.from_dict({"image": images, "label": labels}, features).to_parquet(str(file))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_in_another_order_are_matched_by_name(tmp_path, picture, streaming):
+    write_named(tmp_path / "train.parquet", picture, ["a", "b", "c"], [0, 1, 2, 0])
+    write_named(tmp_path / "test.parquet", picture, ["c", "a", "b"], [0, 1, 2, 2])
+    images = load_image_dataset(str(tmp_path), streaming=streaming)
+    assert images["eval"]["label"][:] == [2, 0, 1, 1]
+    for rows in images.values():
+        names = rows.features["label"].names
+        assert names == ["a", "b", "c"]
+        assert all(names[row["label"]] == chr(decode_image(row["image"])[0, 0, 0]) for row in rows)
+
+
+def test_a_missing_label_stays_missing_in_another_order(tmp_path, picture):
+    write_named(tmp_path / "train.parquet", picture, ["a", "b"], [0, 1])
+    write_named(tmp_path / "test.parquet", picture, ["b", "a"], [0, -1, 1])
+    assert load_image_dataset(str(tmp_path))["eval"]["label"][:] == [1, -1, 0]
+
+
+def test_joined_splits_are_matched_by_name(tmp_path, picture):
+    write_named(tmp_path / "train.parquet", picture, ["a", "b"], [0, 1])
+    write_named(tmp_path / "val.parquet", picture, ["b", "a"], [0, 0, 1])
+    images = load_image_dataset(str(tmp_path), train_split="train+val", eval_split="val")
+    assert images["train"]["label"][:] == [0, 1, 1, 1, 0] and images["eval"]["label"][:] == [1, 1, 0]
+    with pytest.raises(ValueError, match="numbers the classes of the column 'label' differently"):
+        load_image_dataset(str(tmp_path), train_split="train+val", eval_split="val", streaming=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_shards_of_one_split_that_number_classes_differently_are_refused(tmp_path, picture, streaming):
+    write_named(tmp_path / "train-0.parquet", picture, ["a", "b"], [0, 1])
+    write_named(tmp_path / "train-1.parquet", picture, ["b", "a"], [0, 1])
+    write_named(tmp_path / "test-0.parquet", picture, ["a", "b"], [0, 1])
+    with pytest.raises(ValueError, match="train-1.parquet' numbers the classes .* from .*train-0.parquet'"):
+        load_image_dataset(str(tmp_path), streaming=streaming)
+
+
 def test_class_names_that_differ_between_the_splits_are_refused(tmp_path, picture):
-    for split, names in (("train", ["a", "b"]), ("test", ["b", "a"])):
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
-        rows = datasets.Dataset.from_dict({"image": [{"bytes": picture(), "path": None}], "label": [0]}, features)
-        rows.to_parquet(str(tmp_path / f"{split}.parquet"))
-    with pytest.raises(ValueError, match="the classes of train .2. and test .2. differ; both splits need the same"):
+    write_named(tmp_path / "train.parquet", picture, ["a", "b", "c"], [0])
+    write_named(tmp_path / "test.parquet", picture, ["b", "a", "x"], [0])
+    message = (
+        "classes of train .3. and test .3. differ; both splits need the same classes: train has 1 classes that test "
+        "lacks, 'c' and test has 1 classes that train lacks, 'x'"
+    )
+    with pytest.raises(ValueError, match=message):
         load_image_dataset(str(tmp_path))
+
+
+def test_numbers_and_names_are_matched_only_if_the_names_are_numbers(tmp_path, picture):
+    write_named(tmp_path / "a" / "train.parquet", picture, ["2", "1"], [0, 1])
+    write_parquet(tmp_path / "a", picture, {"test": [1, 2, 2]})
+    assert load_image_dataset(str(tmp_path / "a"))["eval"]["label"][:] == [1, 0, 0]
+    write_named(tmp_path / "b" / "train.parquet", picture, ["x", "y"], [0, 1])
+    write_parquet(tmp_path / "b", picture, {"test": [0, 1]})
+    with pytest.raises(ValueError, match="the labels of test are int64, but the classes are called x, y"):
+        load_image_dataset(str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("feature", [datasets.Value("int64"), datasets.ClassLabel(names=["a", "b"])])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("splits", [("train", "eval"), ("eval",)])
+def test_several_labels_an_image_are_refused(tmp_path, picture, feature, streaming, splits):
+    features = datasets.Features({"image": datasets.Image(), "labels": datasets.List(feature)})
+    rows = {"image": [{"bytes": picture(), "path": None}] * 2, "labels": [[0, 1], [1]]}
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features).to_parquet(str(tmp_path / f"{split}.parquet"))
+    with pytest.raises(ValueError, match="one label an image is needed; column 'labels' of .* holds lists"):
+        load_image_dataset(str(tmp_path), streaming=streaming, splits=splits)
+
+
+@pytest.mark.parametrize("name", ["g[12]", "g*", "g?", "[a-z]", "g[!2]", "**", "a{b,c}", "100% #1"])
+def test_a_directory_named_like_a_pattern_is_itself(tmp_path, picture, name):
+    for folder, values in ((name, ["a", "b"]), ("g1", ["c", "d", "e"]), ("gg", ["f"]), ("g", ["x", "y"])):
+        write_parquet(tmp_path / folder, picture, {"train": values, "test": values})
+    images = load_image_dataset(str(tmp_path / name))
+    assert images["train"].features["label"].names == ["a", "b"] and len(images["eval"]) == 2
+    samples = {"0.png": picture(), "0.cls": b"1", "1.png": picture(), "1.cls": b"2"}
+    for split in ("train", "test"):
+        write_tar(tmp_path / name / "tars" / f"{split}-0.tar", samples)
+    assert len(load_image_dataset(str(tmp_path / name / "tars"))["train"]) == 2
+
+
+def write_folders(root, picture, folders):
+    for folder in folders.split(","):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "1.png").write_bytes(picture())
+
+
+@pytest.mark.parametrize("splits", ["Train Test", "TRAINING Validation", "training_set eval"])
+def test_split_folders_in_any_case_are_loaded(tmp_path, picture, splits):
+    train, held_out = splits.split()
+    write_folders(tmp_path, picture, ",".join(f"{split}/{name}" for split in (train, held_out) for name in "ab"))
+    for options in ({}, {"train_split": train, "eval_split": held_out}, {"eval_split": held_out.lower()}):
+        images = load_image_dataset(str(tmp_path), **options)
+        assert images["train"].features["label"].names == ["a", "b"]
+        assert f"/{train}/" in images["train"][0]["image"]["path"]
+        assert f"/{held_out}/" in images["eval"][0]["image"]["path"]
+
+
+@pytest.mark.parametrize("layout", ["train/images,val/images", "train/a/b/c,val/a/b/c"])
+def test_one_class_is_refused(tmp_path, picture, layout):
+    write_folders(tmp_path, picture, layout)
+    with pytest.raises(ValueError, match="1 class found in train: '.*'; at least 2 are needed"):
+        load_image_dataset(str(tmp_path))
+    assert len(load_image_dataset(str(tmp_path), splits=("eval",))["eval"]) == 1
+
+
+def test_files_that_are_not_read_are_one_warning_for_both_splits(tmp_path, picture, caplog):
+    write_folders(tmp_path, picture, "train/a,train/b,val/a,val/b")
+    for split in ("train", "val"):
+        (tmp_path / split / "a" / "2.heic").touch()
+    load_image_dataset(str(tmp_path))
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "2 files are not read as images (2 .heic)" in warning
+
+
+def test_a_directory_of_unreadable_images_says_what_it_holds(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.heic").touch()
+    with pytest.raises(ValueError, match=r"no images found .*\(1 .heic\): install pillow-heif"):
+        load_image_dataset(str(tmp_path))
+
+
+def test_file_names_that_are_not_utf8_are_loaded(tmp_path, picture):
+    write_folders(tmp_path, picture, "train/a,train/b,val/a")
+    with open(os.fsencode(tmp_path) + b"/train/a/caf\xe9.png", "wb") as file:
+        file.write(picture((77, 0, 0)))
+    rows = load_image_dataset(str(tmp_path))["train"]
+    assert len(rows) == 3 and rows[0]["image"]["path"] == str(tmp_path / "train" / "a" / "1.png")
+    assert [decode_image(row["image"])[0, 0, 0] for row in rows] == [200, 77, 200]
 
 
 # Streams
@@ -386,9 +515,7 @@ def test_streamed_labels_without_names_need_the_evaluation_images(tmp_path, pict
 
 
 def test_image_files_are_read_where_they_are_streamed_or_not(tmp_path, picture):
-    for split in ("train", "val"):
-        (tmp_path / split / "cat").mkdir(parents=True)
-        (tmp_path / split / "cat" / "1.png").write_bytes(picture())
+    write_folders(tmp_path, picture, "train/cat,train/dog,val/cat")
     images = load_image_dataset(str(tmp_path), streaming=True)
     assert images["train"][0]["image"] == {"bytes": None, "path": str(tmp_path / "train" / "cat" / "1.png")}
 

@@ -12,12 +12,17 @@ Sources: ITU-T T.81, table B.1 (markers of a JPEG); EXIF 2.32, tag 0x0112 (orien
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
+import os
 import re
+import stat
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 
 import cv2
 import numpy as np
@@ -28,11 +33,14 @@ from ..errors import UserError
 
 
 # A subset of Pillow's formats: its EPS reader makes Ghostscript run the file as a program, and some other readers pass
-# the file to external programs or decoders. A JPEG with several pictures (MPO) counts as a JPEG.
+# the file to external programs or decoders. A JPEG with several pictures (MPO) counts as a JPEG. HEIF is read by
+# pillow-heif, where the user has installed it.
 Image.init()
+if importlib.util.find_spec("pillow_heif") is not None:
+    importlib.import_module("pillow_heif").register_heif_opener()
 FORMATS = tuple(
     name
-    for name in ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
+    for name in ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM", "HEIF")
     if name in Image.OPEN  # Pillow may be built without AVIF
 )
 
@@ -58,8 +66,9 @@ def decode_image(encoded: Mapping | None, choose_part: Callable[[int, int], Part
 
     Args:
         encoded: `{"bytes": bytes or None, "path": str or None}`, one of [`FORMATS`] whatever the file is called, in
-            any mode: grey, palette, CMYK, alpha (dropped), 16 bits (scaled down, not clipped), the first frame of
-            several.
+            any mode whose range is known: grey, palette, CMYK, YCbCr, LAB, alpha (dropped), the first frame of
+            several. Of 16 bits the upper 8 are kept (v >> 8), and of 12 bits (v >> 4). A path that is not UTF-8 is
+            given as [`storable_path`] writes it.
         choose_part: called once with the height and width in pixels; it returns the [`Part`] that is needed.
 
     Returns:
@@ -67,8 +76,8 @@ def decode_image(encoded: Mapping | None, choose_part: Callable[[int, int], Part
         is divided by the reduction and rounded up. There may be more rows than `choose_part` requested.
 
     Raises:
-        DamagedImage: the file is missing, is not an image, is damaged, or has more pixels than Pillow's limit of twice
-            `PIL.Image.MAX_IMAGE_PIXELS`.
+        DamagedImage: the file is missing, is not an image, is damaged, has pixels without a known range (floating
+            point or 32 bits), or has more pixels than Pillow's limit of twice `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     data = _read(encoded or {})
     jpeg = _read_jpeg_header(data)
@@ -82,6 +91,24 @@ def decode_image(encoded: Mapping | None, choose_part: Callable[[int, int], Part
     return pixels if choose_part is None else _reduce(pixels, choose_part(*pixels.shape[:2]).reduction)
 
 
+def storable_path(path: str) -> str:
+    """Return a path that can be stored as UTF-8: itself, or a file URI if the name of the file is not UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return Path(os.path.abspath(path)).as_uri()  # the bytes of the name, percent-encoded
+    return path
+
+
+def _path_of(path: str) -> str:
+    """Undo [`storable_path`]; no file name that needs no URI begins like one, because stored paths are absolute."""
+    return os.fsdecode(unquote_to_bytes(path[len("file://") :])) if path.startswith("file:///") else path
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer would block for ever
+
+
 def _reduce(pixels: np.ndarray, reduction: int) -> np.ndarray:
     return pixels if reduction == 1 else np.array(Image.fromarray(pixels).reduce(reduction))
 
@@ -92,9 +119,12 @@ def _read(encoded: Mapping) -> bytes:
         if path is None:
             raise DamagedImage("has neither bytes nor a path")
         try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise DamagedImage(f"cannot be read: {error.strerror or error}") from error
+            with open(_path_of(path), "rb", opener=_open_at_once) as file:
+                data = file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+        except (OSError, ValueError) as error:  # ValueError: the path holds a zero
+            raise DamagedImage(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if data is None:
+        raise DamagedImage("is no regular file")
     if not data:
         raise DamagedImage("empty: 0 bytes")
     return data
@@ -230,7 +260,7 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 image.load()
                 return _upright(_rgb(image), _turn(image))
-        except MemoryError:
+        except (MemoryError, DamagedImage):
             raise
         except UnidentifiedImageError as error:
             raise DamagedImage("holds no image that Pillow can identify") from error
@@ -239,8 +269,26 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BITS_AS_I):
+        raise DamagedImage(f"mode {image.mode} has no known range; convert to 8 or 16 bit")
     if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((_sixteen_bits(image) >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.array(image.convert("RGB"))  # a copy, because the memory that Pillow shares is read-only
+
+
+# Formats whose pixels of more than 8 bits have the mode I in some versions of Pillow, scaled to 0 ... 65535.
+_SIXTEEN_BITS_AS_I = ("PNG", "PPM")
+
+
+def _sixteen_bits(image: Image.Image) -> np.ndarray:
+    """Return a grey image of 12 or 16 bits as values from 0 (black) to 65535 (white)."""
+    values = np.asarray(image).astype(np.uint32)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF, where Pillow neither scales 12 bits nor inverts
+    if tags.get(_BITS_PER_SAMPLE) == (12,):
+        values = values << 4
+    return 65535 - values if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else values
+
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0

@@ -8,21 +8,34 @@ Not here: decoding the images (decoding.py) and making batches (views.py).
 
 from __future__ import annotations
 
+import glob
 import itertools
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import UserError
-from .folders import LocalImages, find_image_folders, find_shards, read_image_folders, sort_classes
+from ..errors import UserError, some_of
+from .decoding import storable_path
+from .folders import (
+    SPLIT_MEANINGS,
+    LocalImages,
+    UnreadFiles,
+    find_image_folders,
+    find_shards,
+    read_image_folders,
+    sort_classes,
+    split_named,
+    unread_files,
+)
 from .registry import REGISTRY, RegisteredDataset
 from .streaming import StreamedImages, read_schema
 
@@ -32,7 +45,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Splits to evaluate on if eval_split is unset, best first.
-EVAL_SPLITS = ("validation", "val", "valid", "dev", "test")
+EVAL_SPLITS = tuple(name for name, meaning in SPLIT_MEANINGS.items() if meaning != "train")
 # Names of label columns whose type is not ClassLabel.
 LABEL_COLUMNS = ("label", "labels", "cls", "json.label", "json.cls")
 
@@ -58,8 +71,8 @@ def load_image_dataset(
     """Load a labelled image dataset as `{"train", "eval"}`, each with the columns `image` and `label`.
 
     A directory may contain parquet files or webdataset-style tar shards, whose names or folders name their split, or
-    one folder per split with one folder of images per class. Image files are read in place; parquet files and tar
-    shards go through the cache of the datasets library.
+    one folder per split with one folder of images per class. Image files are read in place, those that are not read
+    are reported in one warning; parquet files and tar shards go through the cache of the datasets library.
 
     Args:
         name: a name in [`REGISTRY`], a local directory, or a Hub id.
@@ -70,8 +83,9 @@ def load_image_dataset(
             downloading or converting them first. Evaluation images are downloaded once, because every epoch needs
             them. Image folders are always read in place.
         image_column, label_column: needed only if the dataset has several columns of that kind.
-        train_split, eval_split: splits, joined with "+". The defaults are the registry's, else "train" and the first
-            of validation, val, valid, dev, test that exists.
+        train_split, eval_split: splits, joined with "+", in upper or lower case. The defaults are the registry's, else
+            "train" (or training) and the first of validation, val, valid, dev, test, evaluation, eval, testing that
+            exists.
         max_train_samples, max_eval_samples: size of a random subset, the same for the same seed; for a stream the
             first images instead.
         seed: seed of the subsets.
@@ -79,10 +93,12 @@ def load_image_dataset(
     Returns:
         `image` is not decoded (`{"bytes", "path"}`). `label` is a `ClassLabel` with the class names, the same in both
         splits; for imagenet-real a list of class labels, which may be empty. Labels that are numbers keep their order.
-        A stream is a [`StreamedImages`].
+        If the splits number the same classes in another order, the order is that of the training images. A stream is a
+        [`StreamedImages`].
 
     Raises:
-        ValueError: if nothing is found under the name, the directory has no images, or a split or column is missing.
+        ValueError: if nothing is found under the name, the directory has no images, a split or column is missing, the
+            splits have different classes, or there are fewer than two classes to train on.
     """
     entry = REGISTRY.get(name)
     if not splits or not set(splits) <= {"train", "eval"}:
@@ -99,8 +115,9 @@ def load_image_dataset(
         if limit is not None and limit < 1:
             raise UserError(f"max_{part}_samples is {limit}; use a positive number, or leave it unset for all images")
 
-    available, files = _find(name, data_dir, category_level, entry, streaming)
     requested = {"train": train_split, "eval": eval_split}
+    unread = UnreadFiles()
+    available, files = _find(name, data_dir, category_level, entry, streaming, requested, unread)
     used = {part: requested[part] or split for part, split in _default_splits(available, entry, eval_split).items()}
     columns = (image_column, label_column)
     load = partial(_load_split, available, name=name, columns=columns, entry=entry)
@@ -120,11 +137,15 @@ def load_image_dataset(
         ]
         label = chosen["eval"].features["label"] if "eval" in chosen else None
         chosen["train"] = _stream(train_files, columns, entry, label, values, name)
-    if len({tuple(_class_names(rows)) for rows in chosen.values()}) > 1:
+    if "train" in chosen and "eval" in chosen:
+        order = _class_names(chosen["train"])
+        chosen["eval"] = _in_the_order_of(order, chosen["eval"], name, (used["train"], used["eval"]))
+    if "train" in chosen and entry is None and len(classes := _class_names(chosen["train"])) < 2:
         raise UserError(
-            f"{name!r}: the classes of {used['train']} ({len(_class_names(chosen['train']))}) and {used['eval']} "
-            f"({len(_class_names(chosen['eval']))}) differ; both splits need the same classes"
+            f"{name!r}: {len(classes)} class found in {used['train']}: {some_of([repr(label) for label in classes])}; "
+            "at least 2 are needed. In a directory expected train/<class>/<image>.jpg with a folder for each class"
         )
+    unread.warn()
     _warn_of_sizes(name, entry, {part: len(rows) for part, rows in chosen.items() if requested[part] is None})
 
     for part, rows in chosen.items():
@@ -141,7 +162,13 @@ def load_image_dataset(
 
 
 def _find(
-    name: str, data_dir: str | None, category_level: str | None, entry: RegisteredDataset | None, streaming: bool
+    name: str,
+    data_dir: str | None,
+    category_level: str | None,
+    entry: RegisteredDataset | None,
+    streaming: bool,
+    requested: Mapping[str, str | None],
+    unread: UnreadFiles,
 ) -> tuple[Splits, dict[str, list[str]] | None]:
     """Return the splits and, with `streaming`, the parquet files of each split; None if nothing is streamed."""
     if category_level is not None and not name.startswith("inat"):
@@ -168,7 +195,7 @@ def _find(
                 f"category_level needs the official files, which are not in {str(directory)!r}; expected "
                 f"{entry.layout.description}"
             )
-        return _find_in_directory(directory, entry, streaming)
+        return _find_in_directory(directory, entry, streaming, requested, unread)
     if data_dir is not None:
         raise UserError(f"data_dir is {data_dir!r}, which is not a directory; check the path")
     if not streaming:
@@ -203,13 +230,15 @@ def _stream(
                 "evaluation images; load both splits, or use streaming: false"
             )
         label, classes = eval_label, {value: index for index, value in enumerate(eval_values or eval_label.names)}
-    return StreamedImages(
+    images = StreamedImages(
         files,
         datasets.Features({"image": datasets.Image(decode=False), "label": label}),
         image_column=image_column,
         label_column=label_column,
         classes=classes,
     )
+    _check_class_names_of_shards(files, images.schemas)
+    return images
 
 
 def _from_hub(load: Callable[[str], T], name: str, entry: RegisteredDataset | None) -> T:
@@ -247,14 +276,19 @@ def _from_layout(entry: RegisteredDataset, root: Path | None, category_level: st
 
 
 def _find_in_directory(
-    directory: Path, entry: RegisteredDataset | None, streaming: bool
+    directory: Path,
+    entry: RegisteredDataset | None,
+    streaming: bool,
+    requested: Mapping[str, str | None],
+    unread: UnreadFiles,
 ) -> tuple[Splits, dict[str, list[str]] | None]:
     # The cheap searches come first: a directory may contain a million images.
     files = find_shards(directory, ".parquet")
-    if not files and (folders := find_image_folders(directory)):
-        train = folders.get("train")
+    if not files and (folders := find_image_folders(directory, requested)):
+        train = next(iter(_named_like(requested["train"] or "train", folders) or ()), None)
+        train_folder = folders.get(train)
         return {
-            split: partial(_from_lists, partial(read_image_folders, folder, train), split)
+            split: partial(_from_lists, partial(read_image_folders, folder, train_folder, unread), split)
             for split, folder in folders.items()
         }, None
     if files := files or find_shards(directory, ".parquet", everywhere=True):
@@ -267,6 +301,8 @@ def _find_in_directory(
             )
         return _splits_of_shards("webdataset", files), None
     official = f", or the official layout: {entry.layout.description}" if entry is not None else ""
+    if (others := unread_files(directory)).paths:
+        official += f". It holds other files ({others}): {others.advice}"
     raise UserError(
         f"no images found in {str(directory)!r}: expected parquet files such as train.parquet and test.parquet, tar "
         "shards such as train-0000.tar and val-0000.tar, or folders such as train/<class>/<image>.jpg and "
@@ -298,8 +334,12 @@ def _warn_of_missing_shards(paths: Sequence[str]) -> None:
 
 def _from_shards(kind: str, split: str, paths: list[str]) -> datasets.Dataset:
     # Load each split separately: loaded together, all splits would silently take the class names of the first.
+    if kind == "parquet":
+        with ThreadPoolExecutor(16) as threads:
+            _check_class_names_of_shards(paths, list(threads.map(_schema_or_none, paths)))
     try:
-        rows = datasets.load_dataset(kind, data_files={split: paths}, split=split)
+        # datasets takes a path for a pattern
+        rows = datasets.load_dataset(kind, data_files={split: [glob.escape(path) for path in paths]}, split=split)
     except Exception as error:  # datasets, pyarrow and JSON each raise their own type for damaged files
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{paths[0]!r} or another shard of the split {split!r} cannot be read: {reason}") from error
@@ -307,6 +347,32 @@ def _from_shards(kind: str, split: str, paths: list[str]) -> datasets.Dataset:
         keys = rows.select_columns(["json"]).flatten()
         rows = datasets.concatenate_datasets([rows.remove_columns("json"), keys], axis=1)
     return rows
+
+
+def _check_class_names_of_shards(paths: Sequence[str], schemas: Sequence[pa.Schema | None]) -> None:
+    """Refuse shards that number their classes differently: datasets would take the names of the first for all."""
+    first: dict[str, tuple[str, list[str]]] = {}
+    for path, schema in zip(paths, schemas, strict=True):
+        try:
+            features = datasets.Features.from_arrow_schema(schema) if schema is not None else {}
+        except Exception:  # whatever is wrong with the features, the loading says it
+            continue
+        for column, feature in features.items():
+            if not isinstance(feature, datasets.ClassLabel):
+                continue
+            other, names = first.setdefault(column, (path, feature.names))
+            if feature.names != names:
+                raise UserError(
+                    f"{path!r} numbers the classes of the column {column!r} differently from {other!r}; expected the "
+                    "same class names in the same order in all of these files: write the files anew"
+                )
+
+
+def _schema_or_none(path: str) -> pa.Schema | None:
+    try:
+        return read_schema(path)
+    except UserError:
+        return None
 
 
 def _from_lists(
@@ -318,7 +384,7 @@ def _from_lists(
         label = datasets.List(label)
     in_memory = bool(found.images) and isinstance(found.images[0], bytes)
     nothing = pa.nulls(len(found.images), pa.string() if in_memory else pa.binary())
-    columns = (found.images, nothing) if in_memory else (nothing, found.images)
+    columns = (found.images, nothing) if in_memory else (nothing, list(map(storable_path, found.images)))
     image = pa.StructArray.from_arrays([pa.array(column) for column in columns], ["bytes", "path"])
     features = datasets.Features({"image": datasets.Image(decode=False), "label": label})
     return datasets.Dataset.from_dict({"image": image, "label": found.labels}, features, split=split)
@@ -338,16 +404,23 @@ def _default_splits(available: Splits, entry: RegisteredDataset | None, eval_spl
                 kept = [s for s in wanted["train"].split("+") if _named_like(s, available)[0] not in held_out]
                 wanted["train"] = "+".join(kept) or "train"
             return wanted
-    return {"train": "train", "eval": next((split for split in EVAL_SPLITS if split in available), EVAL_SPLITS[0])}
+    lower = {name.lower(): name for name in reversed(available)}
+    held_out = next((lower[split] for split in EVAL_SPLITS if split in lower), EVAL_SPLITS[0])
+    return {"train": "train", "eval": next((split for split in EVAL_SPLITS if split in available), held_out)}
 
 
-def _named_like(split: str, available: Splits) -> list[str] | None:
+def _named_like(split: str, available: Mapping[str, Any]) -> list[str] | None:
     """Return the source's own names of "a+b", where validation may be called val; None if one is missing."""
-    validation = EVAL_SPLITS[:-1]
+    validation = [name for name, meaning in SPLIT_MEANINGS.items() if meaning == "validation"]
+    lower = {name.lower(): name for name in reversed(available)}
     names = []
     for part in split.split("+"):
         aliases = [part, *(validation if part in validation else ())]
-        names.append(next((alias for alias in aliases if alias in available), None))
+        known = [alias for alias in aliases if alias in available]
+        # then in another case, and the other words for train and test
+        words = [part.lower(), split_named(part), *(word for word, means in SPLIT_MEANINGS.items() if means == part)]
+        known += [lower[word] for word in (*words, *aliases) if word in lower]
+        names.append(known[0] if known else None)
     return None if None in names else names
 
 
@@ -370,6 +443,14 @@ def _load_split(
     parts = [
         _with_two_columns(available[part](), columns, entry, name) for part in _names(split, option, available, name)
     ]
+    for i, part in enumerate(parts[1:], 1):
+        if all(isinstance(rows.features["label"], datasets.ClassLabel) for rows in (parts[0], part)):
+            parts[i] = _in_the_order_of(_class_names(parts[0]), part, name, (str(parts[0].split), str(part.split)))
+    if len({str(part.features["label"]) for part in parts}) > 1:
+        raise UserError(
+            f"{name!r}: the parts of {split!r} store their labels in different ways; expected the same type of the "
+            f"label column in all of them: choose other splits with {option}"
+        )
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if len(rows) == 0:
         raise UserError(f"{name!r}: the split {split!r} holds no images; check the path and {option}")
@@ -413,6 +494,16 @@ def _choose_columns(
         "label",
         name,
     )
+    label = rows.features[label_column]
+    several = isinstance(label, datasets.List) and isinstance(label.feature, datasets.ClassLabel)
+    only_to_evaluate = entry is not None and entry.train_split is None  # ReaL has several labels an image
+    if not isinstance(label, (datasets.ClassLabel, datasets.Value)) and not (several and only_to_evaluate):
+        is_list = isinstance(label, (datasets.List, datasets.LargeList, list))
+        holds = "lists" if is_list else f"values of the type {type(label).__name__}"
+        raise UserError(
+            f"one label an image is needed; column {label_column!r} of {name!r} holds {holds}: set label_column to "
+            "another column, or keep one class number or name an image"
+        )
     return image_column, label_column
 
 
@@ -473,6 +564,29 @@ def _values_of_classes(
     return values, list(map(str, values))
 
 
+def _in_the_order_of(names: list[str], rows: datasets.Dataset, name: str, splits: tuple[str, str]) -> datasets.Dataset:
+    """Number the classes of `rows` as in `names`, by their names."""
+    own = _class_names(rows)
+    if own == names:
+        return rows
+    missing, extra = ([x for x in a if x not in set(b)] for a, b in ((names, own), (own, names)))
+    if missing or extra:
+        differences = [
+            f"{split} has {len(classes)} classes that {other} lacks, {some_of([repr(label) for label in classes])}"
+            for split, other, classes in ((*splits, missing), (*reversed(splits), extra))
+            if classes
+        ]
+        raise UserError(
+            f"{name!r}: the classes of {splits[0]} ({len(names)}) and {splits[1]} ({len(own)}) differ; both splits "
+            f"need the same classes: {' and '.join(differences)}"
+        )
+    column = rows.with_format("arrow")["label"][:].cast(pa.int64())
+    number = {label: old for old, label in enumerate(own)}
+    labels = pc.index_in(column, pa.array([number[label] for label in names], pa.int64())).cast(pa.int64())
+    labels = pc.if_else(pc.is_null(labels), column, labels)  # no label of a class: refused where labels are checked
+    return rows.remove_columns("label").add_column("label", labels, feature=datasets.ClassLabel(names=names))
+
+
 def _with_class_names(
     rows: datasets.Dataset, values: Sequence, class_names: Sequence[str], name: str
 ) -> datasets.Dataset:
@@ -481,6 +595,15 @@ def _with_class_names(
     column = rows.with_format("arrow")["label"][:]
     if pa.types.is_integer(column.type):
         column = column.cast(pa.int64())  # the stored type may be too small for all classes
+    numbers = pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)
+    if len(values) and numbers != isinstance(values[0], int):
+        if not all(value.isdecimal() for value in map(str, values)):
+            raise UserError(
+                f"{name!r}: the labels of {rows.split} are {column.type}, but the classes are called "
+                f"{some_of(list(class_names))}; expected labels of one kind in both splits: store them as names"
+            )
+        column = column.cast(pa.string())
+        values = list(map(str, values))
     labels = pc.index_in(column, pa.array(values, column.type))
     if labels.null_count:
         unknown = pc.unique(column.filter(pc.is_null(labels))).to_pylist()

@@ -99,6 +99,11 @@ class StreamedImages:
         """Images in each row group, in the order of the files."""
         return [size for size in np.diff(self._ends, prepend=0).tolist() if size]
 
+    @property
+    def schemas(self) -> list[pa.Schema]:
+        """The schema of each file, including the features that datasets stored in it."""
+        return [footer.schema.to_arrow_schema() for footer in self._footers]
+
     def take(self, num_images: int) -> StreamedImages:
         """Return a stream of the first `num_images` images."""
         first = copy.copy(self)
