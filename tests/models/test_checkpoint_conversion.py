@@ -367,7 +367,7 @@ def test_what_the_original_format_does_not_have_is_refused(tmp_path):
 
 @pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 3}, {"cls_token": [1.0]}])
 def test_a_dictionary_that_is_no_state_dict_is_refused(content):
-    with pytest.raises(ValueError, match="expected a state dict of tensors"):
+    with pytest.raises(ValueError, match="the dictionary holds no state dict: .*expected tensors by name"):
         read_checkpoint(content)
 
 
@@ -457,3 +457,14 @@ def test_the_script_overwrites_nothing(tmp_path, convert, capsys):
         with pytest.raises(SystemExit, match="2"):
             convert(*words)
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_precision_of_a_converted_checkpoint_stays_and_is_said(caplog, dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in random_timm(False, **NARROW).state_dict().items()}
+    wrapped = {"model_state_dict": {f"module.{name}": tensor for name, tensor in weights.items()}}
+    converted = read_checkpoint(wrapped, num_attention_heads=2).weights
+    assert {tensor.dtype for tensor in converted.values()} == {dtype}
+    told = [record.message for record in caplog.records]
+    name = str(dtype).removeprefix("torch.")
+    assert told == [f"the state dict is stored in {name}, and stays so; train it in float32"][: dtype != torch.float32]

@@ -2,10 +2,14 @@
 
 import argparse
 import json
+from collections import Counter
 
+import numpy as np
 import pytest
 import timm
 import torch
+import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.classifiers import ID2LABEL, NAMES, OWN_MEAN, OWN_STD, save_vit
 from torch import nn
@@ -16,7 +20,14 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from hf_deit.models.classifiers import find_classifier, logits_of, new_classifier
+from hf_deit.errors import UserError
+from hf_deit.models.classifiers import (
+    find_classifier,
+    load_pretrained,
+    logits_of,
+    new_classifier,
+    processor_pixels,
+)
 
 
 NEW = {"id2label": ID2LABEL, "mean": OWN_MEAN, "std": OWN_STD, "image_size": 24}
@@ -119,6 +130,120 @@ def test_the_processor_beside_a_transformers_model_says_what_it_wants(tmp_path, 
     assert found.image_size == (24, 24) and found.names == NAMES
 
 
+def processor_classes():
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES as ALL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
+
+    return sorted({name for kind in CLASSIFIERS for name in ALL.get(kind, {}).values()} | {"VivitImageProcessor"})
+
+
+def made(name, settings):
+    try:
+        return getattr(transformers, name)(**settings)
+    except TypeError:  # TimmWrapper's is made of a model's config
+        return None
+
+
+SETTINGS = {
+    "as it comes": {},
+    "not normalised": {"do_normalize": False},
+    "other values": {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.5, 0.2]},
+    "to -1 and 1": {"rescale_factor": 1 / 127.5, "do_normalize": False},
+    "with an offset": {"rescale_factor": 1 / 127.5, "rescale_offset": True},
+    "one normalisation": {"include_top": False},
+    "not rescaled": {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [50.0, 60.0, 70.0]},
+    "other channels": {"do_flip_channel_order": True},
+    "no flip": {"do_flip_channel_order": False},
+    "padded": {"do_pad": True, "pad_size": {"height": 300, "width": 300}},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_image_processor_is_reduced_to_mean_and_std_or_refused_by_name(settings, capsys):
+    """What the processor itself makes of an image of its own size, against (x - mean) / std."""
+    noise = np.random.default_rng(5).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    counts = Counter()
+    for name in processor_classes():
+        if (processor := made(name, SETTINGS[settings])) is None:
+            counts["made of a config"] += 1
+            continue
+        try:
+            mean, std = processor_pixels(processor, "some/model")
+        except UserError as error:
+            assert name in str(error) and "\n" not in str(error)
+            counts["refused"] += 1
+            continue
+        seen = processor(Image.fromarray(noise), do_resize=False, do_center_crop=False, return_tensors="pt")
+        ours = normalised(torch.tensor(noise).permute(2, 0, 1)[None] / 255, mean, std)
+        torch.testing.assert_close(torch.as_tensor(seen["pixel_values"]), ours, atol=1e-3, rtol=1e-3, msg=name)
+        counts["equal"] += 1
+    with capsys.disabled():
+        print(f"\nimage processors, {settings}: {dict(counts)}")
+    assert counts["equal"] > 20 or settings in ("other channels", "padded")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "mean", "std"),
+    [
+        ("EfficientNetImageProcessorPil", {"image_mean": [0.4] * 3, "image_std": [0.5] * 3}, (0.4,) * 3, (0.25,) * 3),
+        (
+            "EfficientNetImageProcessorPil",
+            {"rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False, "include_top": False},
+            (0.5,) * 3,
+            (0.5,) * 3,
+        ),
+        ("ViTImageProcessorPil", {"do_rescale": False, "do_normalize": False}, (0.0,) * 3, (1 / 255,) * 3),
+    ],
+)
+def test_the_arithmetic_of_a_processor_by_hand(name, settings, mean, std):
+    found = processor_pixels(getattr(transformers, name)(**settings), "m")
+    assert found[0] == pytest.approx(mean, abs=1e-6) and found[1] == pytest.approx(std, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "why"),
+    [
+        ("MobileViTImageProcessorPil", {}, "shift and scale red, green and blue .BGR."),
+        ("ImageGPTImageProcessorPil", {"clusters": [[0.0] * 3] * 4}, "cannot read one image|pixels of shape"),
+        ("Siglip2ImageProcessorPil", {}, "pixels of shape .* of a 64x64 image"),
+        ("ViTImageProcessorPil", {"image_std": [0.5, 0.5, -0.5]}, "more than shift and scale"),
+        (
+            "BitImageProcessorPil",
+            {"size": {"shortest_edge": 24}, "crop_size": {"height": 32, "width": 32}},
+            "it pads images",
+        ),
+    ],
+)
+def test_what_is_no_mean_and_std_is_refused(tmp_path, name, settings, why):
+    save_vit(tmp_path, image_size=24)
+    getattr(transformers, name)(**settings).save_pretrained(tmp_path)
+    class_name = name.removesuffix("Pil")
+    with pytest.raises(UserError, match=f"image processor of model .*{class_name}.*: .*({why}).*python:<module>"):
+        find_classifier(tmp_path)
+
+
+def test_the_processor_of_a_wrapped_timm_model_says_nothing_that_its_config_does_not(tmp_path):
+    save_timm_wrapper(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "TimmWrapperImageProcessor"}')
+    assert find_classifier(tmp_path).mean == OWN_MEAN
+
+
+@pytest.mark.parametrize("cfg", [{"mean": (0.5,)}, {"std": (0.2, 0.0, 0.2)}, {"mean": 0.5}, {"mean": ("a",) * 3}])
+def test_a_pretrained_cfg_that_is_not_three_numbers_is_refused(cfg):
+    model = nn.Flatten()
+    model.pretrained_cfg = cfg
+    with pytest.raises(UserError, match="'Flatten': (mean|std) in its pretrained_cfg is .*, expected three numbers"):
+        find_classifier(model)
+
+
+def test_a_pretrained_cfg_of_bytes_is_doubtful_and_one_of_another_kind_is_not_timms(caplog):
+    model = nn.Flatten()
+    model.default_cfg = "resnet.yaml"
+    assert find_classifier(model).mean is None and not caplog.records
+    model.default_cfg = {"mean": (123.7, 116.3, 103.5)}
+    assert find_classifier(model).mean == (123.7, 116.3, 103.5) and "is taken for pixels in [0, 1]" in caplog.text
+
+
 def test_without_a_processor_the_pixels_of_a_model_are_not_known(tmp_path, caplog):
     save_vit(tmp_path)
     found = find_classifier(tmp_path)
@@ -126,9 +251,17 @@ def test_without_a_processor_the_pixels_of_a_model_are_not_known(tmp_path, caplo
     assert "no preprocessor_config.json" in caplog.text
 
 
-def test_half_precision_checkpoints_are_read_in_float32(tmp_path):
-    save_vit(tmp_path).half().save_pretrained(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_checkpoints_of_every_precision_are_read_in_float32(tmp_path, caplog, dtype):
+    save_vit(tmp_path).to(dtype).save_pretrained(tmp_path)
     assert find_classifier(tmp_path).model.dtype == torch.float32
+    assert "stored in" not in caplog.text  # a frozen classifier's is no warning
+    model = load_pretrained(AutoModelForImageClassification, str(tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    told = [record.message for record in caplog.records if "stored in" in record.message]
+    name = str(dtype).removeprefix("torch.")
+    assert len(told) == (dtype != torch.float32) and all(f"stored in {name} and" in line for line in told)
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).dtype == dtype  # Transformers' own stays
 
 
 @pytest.mark.parametrize("change", ["missing", "mismatched"])

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import gzip
 import pickle
 
 import pytest
@@ -38,13 +39,25 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, save
         lambda w: {"model": w},
         lambda w: {"args": argparse.Namespace(lr=1), "state_dict": {"bias": torch.zeros(2)}, "state_dict_ema": w},
         lambda w: {f"module._orig_mod.{name}": tensor for name, tensor in w.items()},
+        lambda w: {"epoch": 3, "model_state_dict": w, "optimizer_state_dict": {"state": {}, "param_groups": []}},
+        lambda w: {"net": {f"module.{name}": tensor for name, tensor in w.items()}, "acc": 93.1, "epoch": 7},
+        lambda w: {"model_ema": None, "model": {"state_dict": w}},
+        lambda w: {"my_weights": w, "optimizer": {"state": {}}},
+        lambda w: {
+            "pytorch-lightning_version": "2.0",
+            "state_dict": {f"model.{name}": tensor for name, tensor in w.items()} | {"loss.weight": torch.ones(2)},
+        },
     ],
 )
 def test_every_form_of_file_holds_the_same_weights(tmp_path, wrap):
     weights = nn.Linear(3, 2).state_dict()
     torch.save(wrap(weights), tmp_path / "w.pth")
     save_file(weights, tmp_path / "w.safetensors")
-    for file in ("w.pth", "w.safetensors"):
+    prefixed = {f"module.model.{name}": tensor for name, tensor in weights.items()}
+    save_file(prefixed, tmp_path / "prefixed.safetensors")
+    save_file(weights, tmp_path / "named.pth")  # the content counts, not the name
+    torch.save(weights, tmp_path / "named.safetensors")
+    for file in ("w.pth", "w.safetensors", "prefixed.safetensors", "named.pth", "named.safetensors"):
         read = read_weights(tmp_path / file)
         assert read.keys() == weights.keys() and all(torch.equal(read[name], weights[name]) for name in weights)
 
@@ -54,14 +67,33 @@ def test_every_form_of_file_holds_the_same_weights(tmp_path, wrap):
     [
         (lambda file: None, "checkpoint '.*w.pth' does not exist"),
         (lambda file: file.write_bytes(b"junk"), "cannot read checkpoint '.*w.pth': .*Only .safetensors, and .pth"),
-        (lambda file: torch.save({"epoch": 3}, file), "w.pth' holds no state dict"),
+        (lambda file: torch.save({"epoch": 3}, file), "w.pth' holds no state dict: its keys are epoch; expected"),
+        (lambda file: torch.save([1], file), "w.pth' holds no state dict: it is a list"),
+        (
+            lambda file: torch.save({"a": {"x": torch.ones(1)}, "b": {"x": torch.ones(1)}}, file),
+            "w.pth' holds no state dict: its keys are a, b",
+        ),
+        (lambda file: file.write_bytes(b""), "w.pth': it is empty"),
+        (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid x"), "it is a Git LFS pointer"),
+        (lambda file: file.write_text("\n<!doctype html><title>Quota"), "it is a web page"),
+        (lambda file: file.write_text('{"error": {"code": 404}}'), "it is JSON text"),
+        (lambda file: file.write_bytes(gzip.compress(b"weights")), "it is compressed by gzip; unpack it"),
+        (lambda file: torch.jit.script(nn.Linear(3, 2)).save(str(file)), "it is a TorchScript program"),
     ],
 )
 def test_what_is_no_weight_file_is_refused_in_one_line(tmp_path, write, message):
     write(tmp_path / "w.pth")
     with pytest.raises(ValueError, match=message) as caught:
         read_weights(tmp_path / "w.pth")
+    assert "more than weights" not in str(caught.value)
     assert "\n" not in str(caught.value) and "weights_only" not in str(caught.value)
+
+
+def test_what_lightning_keeps_beside_the_network_is_named(tmp_path, caplog):
+    content = {"pytorch-lightning_version": "2", "state_dict": {"net.bias": torch.ones(2), "loss.w": torch.ones(1)}}
+    torch.save(content, tmp_path / "w.ckpt")
+    assert list(read_weights(tmp_path / "w.ckpt")) == ["bias"]
+    assert "1 tensors beside the network are left out: loss.w" in caplog.text
 
 
 def test_the_fingerprint_is_that_of_names_types_shapes_and_values():

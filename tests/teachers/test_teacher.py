@@ -147,6 +147,73 @@ def test_size_is_the_students_unless_fixed_or_asked_for(pixels, cfg, image_size,
     torch.testing.assert_close(seen[0], reference)
 
 
+class OneSize(TinyConvnet):
+    """Reads images of one size alone, or of so many pixels and more."""
+
+    def __init__(self, only=None, least=0):
+        super().__init__()
+        self.only, self.least = only, least
+
+    def forward(self, pixel_values):
+        side = pixel_values.shape[-1]
+        assert side >= self.least and self.only in (None, side), f"wrong size {side}"
+        return super().forward(pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("network", "cfg", "student_size", "seen", "warns"),
+    [
+        ({"only": 24}, {}, 24, 24, False),  # written for the student's size, and says so nowhere
+        ({"only": 224}, {}, 24, 224, True),
+        ({"least": 75}, {}, 24, 224, True),
+        ({"least": 75}, {}, 96, 96, False),
+        ({"only": 40}, {"input_size": (3, 40, 40)}, 24, 40, True),  # a cfg that does not say that the size is fixed
+        ({"only": 40}, {"input_size": (3, 40, 40), "fixed_input_size": True}, 24, 40, False),
+        ({}, {"input_size": (3, 40, 40)}, (24, 32), (24, 32), False),
+    ],
+)
+def test_a_teacher_is_tried_at_the_students_size_and_then_at_its_own(network, cfg, student_size, seen, warns, caplog):
+    model = OneSize(**network)
+    model.default_cfg = cfg
+    teacher = load_teacher(model, student_size=student_size, trust_class_order=True, **STUDENT)
+    shapes = []
+    model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape[-2:])))
+    teacher(torch.zeros(2, 3, *(student_size if isinstance(student_size, tuple) else (student_size,) * 2)))
+    assert shapes == [seen if isinstance(seen, tuple) else (seen, seen)]
+    told = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == warns and all("cannot read the student's 24x24 pixels" in line for line in told)
+
+
+def test_a_teacher_of_one_size_still_reads_others_later():
+    teacher = load_teacher(OneSize(only=24), student_size=24, **STUDENT)
+    assert teacher(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
+
+
+def test_a_teacher_that_reads_neither_size_is_refused_with_the_students():
+    with pytest.raises(ValueError, match="could not read a blank 32x32 image .wrong size 32.*pass image_size"):
+        load_teacher(OneSize(only=48), student_size=32, **STUDENT)
+    assert load_teacher(OneSize(only=48), student_size=32, image_size=48, **STUDENT)(torch.zeros(1, 3, 32, 32)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_teacher_of_another_precision_gets_pixels_of_its_own(pixels, dtype):
+    logits = load_teacher(TinyConvnet().to(dtype), **STUDENT)(pixels)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, by_hand(TinyConvnet(), pixels), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_quantised_and_a_scripted_teacher_answer_in_batches(pixels):
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    quantised = torch.ao.quantization.quantize_dynamic(plain, {nn.Linear}, torch.qint8)
+    with torch.no_grad():
+        expected = plain(pixels)
+    for network in (quantised, torch.jit.script(plain), torch.jit.trace(plain, pixels)):
+        teacher = load_teacher(network, student_size=24, **STUDENT)
+        teacher.train()
+        torch.testing.assert_close(teacher(pixels), expected, atol=0.02, rtol=0.02)
+
+
 def test_bfloat16_autocast_still_returns_float32(pixels):
     model = TinyConvnet()
     seen = []

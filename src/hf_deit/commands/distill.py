@@ -71,6 +71,7 @@ def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str])
             id2label=views.id2label,
             mean=views.processor.image_mean,
             std=views.processor.image_std,
+            student_size=data_args.image_size,
             compile=training_args.torch_compile,
         )
 

@@ -123,14 +123,14 @@ class Classifier(FrozenClassifier):
         """The model's output; for timm's two-headed models, which return only the mean, an output with both heads."""
         inner = getattr(self.model, "timm_model", self.model)
         if not isinstance(getattr(inner, "head_dist", None), nn.Module):
-            return self.model(pixel_values, **self._options)
+            return self.model(pixel_values.to(self.weights_type), **self._options)
         logits = {}
         hooks = [
             module.register_forward_hook(lambda *call, name=name: logits.update({name: call[-1]}))
             for name, module in {"cls_logits": inner.head, "distillation_logits": inner.head_dist}.items()
         ]
         try:
-            output = self.model(pixel_values)
+            output = self.model(pixel_values.to(self.weights_type))
         finally:
             for hook in hooks:
                 hook.remove()

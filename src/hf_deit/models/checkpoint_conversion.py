@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .configuration_deit import STOCK_VALUES, DeiTConfig, as_pair
-from .weight_files import find_file, read_weights
+from .weight_files import find_file, read_weights, state_dict_of
 
 
 logger = logging.getLogger(__name__)
@@ -178,6 +178,9 @@ def read_checkpoint(
         # Copy: parts of one tensor cannot be saved separately, and training must not change the caller's tensors.
         copies = (part.detach().clone() for part in parts)
         converted |= zip(row.named(_hub_prefix(model_config)), copies, strict=True)
+    types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in converted.values()})
+    if types != ["float32"]:
+        logger.warning("%s is stored in %s, and stays so; train it in float32", name, " and ".join(types))
     return Checkpoint(model_config, converted, *pixels)
 
 
@@ -257,10 +260,7 @@ def read_class_names(path: str | os.PathLike) -> dict[int, str]:
 def _read(source) -> tuple[Mapping[str, Tensor], dict | None, tuple]:
     """Read weights under the source's names, the fields of a Hub config (or None), mean and standard deviation."""
     if isinstance(source, Mapping):
-        weights = source["model"] if isinstance(source.get("model"), Mapping) else source
-        if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-            raise UserError('expected a state dict of tensors, or the authors\' {"model": state dict}')
-        return weights, None, ()
+        return state_dict_of(source, "the dictionary"), None, ()
     path = Path(source).expanduser()
     if path.is_file() or path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
         return _read_file(path), None, ()

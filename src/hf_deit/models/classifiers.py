@@ -13,17 +13,19 @@ import importlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import UserError, first_line, some_of
 from .class_names import class_names
 from .configuration_deit import as_pair
-from .weight_files import read_weights
+from .weight_files import read_weights, stored_types
 
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,8 @@ def find_classifier(spec: Spec) -> FoundClassifier:
     Raises:
         ValueError: the spec cannot be read, or weights are missing.
     """
+    if isinstance(spec, torch.export.ExportedProgram):
+        spec = spec.module()
     if isinstance(spec, nn.Module):
         return _describe(spec, type(spec).__name__)
     if not isinstance(spec, (str, os.PathLike)):
@@ -141,16 +145,16 @@ def _describe(model: nn.Module, name: str) -> FoundClassifier:
     inner = getattr(model, "timm_model", model)
     # Inside a TimmWrapper `pretrained_cfg` describes the architecture; the wrapper's config describes the training.
     pixels = {
-        **(getattr(inner, "pretrained_cfg", None) or getattr(inner, "default_cfg", None) or {}),
-        **(getattr(config, "pretrained_cfg", None) or {}),
+        **(_mapping(getattr(inner, "pretrained_cfg", None)) or _mapping(getattr(inner, "default_cfg", None))),
+        **_mapping(getattr(config, "pretrained_cfg", None)),
     }
     size = pixels.get("input_size", [None])[1:] or getattr(config, "image_size", None)
     return FoundClassifier(
         model,
         name,
         names=class_names(getattr(config, "id2label", None)),
-        mean=_floats(pixels.get("mean")),
-        std=_floats(pixels.get("std")),
+        mean=_per_channel(name, "mean", pixels.get("mean")),
+        std=_per_channel(name, "std", pixels.get("std")),
         image_size=as_pair(size) if size else None,
         fixed_size=pixels.get("fixed_input_size", False) if pixels else None,
         crop_ratio=pixels.get("crop_pct"),
@@ -188,6 +192,9 @@ def _from_pretrained(spec: str, **kwargs) -> tuple[nn.Module, dict]:
 def load_pretrained(model_class: type, spec: str, **kwargs) -> Any:
     """Call `model_class.from_pretrained` on a directory or Hub id, with safetensors only and without foreign code.
 
+    The weights are float32, whatever type they are stored in, unless `dtype` is given: small steps vanish in half
+    precision.
+
     Raises:
         ValueError: the model does not exist or cannot be read; the message is one line for every kind of error.
     """
@@ -202,40 +209,120 @@ def load_pretrained(model_class: type, spec: str, **kwargs) -> Any:
         spec = str(path)
     elif path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
         raise UserError(f"model {spec!r} does not exist. {ACCEPTED_FORMS}")
+    level = logging.INFO if "dtype" in kwargs else logging.WARNING  # a caller that names a type knows it
+    kwargs.setdefault("dtype", torch.float32)
     try:
-        return model_class.from_pretrained(spec, use_safetensors=True, trust_remote_code=False, **kwargs)
+        model = model_class.from_pretrained(spec, use_safetensors=True, trust_remote_code=False, **kwargs)
     except Exception as error:  # Transformers, huggingface_hub and safetensors raise a dozen unrelated types
         raise UserError(f"cannot load model {spec!r}: {first_line(error)}. {ACCEPTED_FORMS}") from error
+    if kwargs["dtype"] == torch.float32 and (stored := stored_types(spec) - {"float32"}):
+        types = " and ".join(sorted(stored))
+        logger.log(level, "model %s is stored in %s and was loaded in float32, to train in it", spec, types)
+    return model
 
 
 def _read_image_processor(found: FoundClassifier, spec: str) -> None:
     """Fill in mean, std and crop ratio from the image processor saved with a Transformers model."""
+    import transformers
     from transformers import AutoImageProcessor, DeiTImageProcessor
 
     # A TimmWrapper's own config is complete; run_teacher.py also saves the processor of its evaluation.
     in_config = found.model.config.model_type == "timm_wrapper"
+    path = os.path.expanduser(spec)
     try:
-        processor_class = DeiTImageProcessor if in_config else AutoImageProcessor
-        processor = processor_class.from_pretrained(os.path.expanduser(spec), trust_remote_code=False)
+        stored, _ = DeiTImageProcessor.get_image_processor_dict(path)
+        kind = stored.get("image_processor_type") or stored.get("feature_extractor_type") or ""
+        if in_config and kind.startswith("TimmWrapper"):
+            return
+        # The Auto class reads the config instead.
+        processor_class = getattr(transformers, kind, DeiTImageProcessor) if in_config else AutoImageProcessor
+        processor = processor_class.from_pretrained(path, trust_remote_code=False)
     except OSError:
         if not in_config:
             logger.warning("%s has no preprocessor_config.json: using the student's mean and std, or ImageNet's", spec)
         return
     except Exception as error:  # of another kind, damaged, or with code of its own
         raise UserError(f"cannot read the image processor of model {spec!r}: {first_line(error)}") from error
+    found.mean, found.std = processor_pixels(processor, spec)
     settings = processor.to_dict()
-    if settings.get("do_flip_channel_order"):
-        raise UserError(f"model {spec!r} reads BGR images: wrap it in python:<module>:<factory>")
-    # A processor normalises pixels of 0..255 times rescale_factor; mean and std here are of pixels in [0, 1].
-    unit = 255 * settings["rescale_factor"] if settings.get("do_rescale") else 255.0
-    normalises = settings.get("do_normalize")
-    found.mean = tuple(m / unit for m in settings["image_mean"]) if normalises else (0.0, 0.0, 0.0)
-    found.std = tuple(s / unit for s in settings["image_std"]) if normalises else (1 / unit,) * 3
     size, crop = settings.get("size") or {}, settings.get("crop_size") or {}
     shorter = size.get("shortest_edge") or size.get("height")
     found.crop_ratio = settings.get("crop_pct")  # of ConvNeXt's
     if found.crop_ratio is None and settings.get("do_resize") and shorter:
         found.crop_ratio = min(1.0, crop.get("height", shorter) / shorter) if settings.get("do_center_crop") else 1.0
+
+
+def processor_pixels(processor: Any, spec: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Find what an image processor does to pixels, by running it.
+
+    Many of Transformers' processors have an arithmetic of their own (EfficientNet's normalises twice).
+    A random image without resizing and cropping shows mean and standard deviation; a plain image of one colour, with
+    both, shows whether anything is padded.
+
+    Args:
+        processor: of any class of Transformers.
+        spec: of the model, for messages.
+
+    Returns:
+        Mean and standard deviation per channel, of pixels in [0, 1].
+
+    Raises:
+        ValueError: the processor does more than to shift and scale each channel, or is not for single RGB images.
+    """
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    plain = np.full((64, 64, 3), (40, 120, 200), dtype=np.uint8)
+    steps = {name: False for name in ("do_resize", "do_center_crop") if hasattr(processor, name)}
+    try:
+        seen, whole = (
+            np.asarray(processor(images=Image.fromarray(image), return_tensors="pt", **options)["pixel_values"], float)
+            for image, options in ((noise, steps), (plain, {}))
+        )
+    except Exception as error:  # of audio, pairs of images, patches: may raise anything
+        raise _processor_refusal(processor, spec, f"it cannot read one image ({first_line(error)})") from error
+    if seen.shape != (1, 3, 64, 64) or whole.ndim != 4:
+        raise _processor_refusal(processor, spec, f"it makes pixels of shape {seen.shape} of a 64x64 image")
+    image, seen = (noise / 255).reshape(-1, 3), seen[0].reshape(3, -1).T
+    stated = _stated_pixels(processor)
+    fits = [np.polyfit(image[:, channel], seen[:, channel], 1) for channel in range(3)]
+    measured = [_rounded(-shift / scale) for scale, shift in fits], [_rounded(1 / scale) for scale, _ in fits]
+    for mean, std in (stated, measured):
+        if mean is None or std is None or not (np.isfinite([*mean, *std]).all() and min(std) > 0):
+            continue
+        tolerance = 1e-3 * np.maximum(1, 1 / np.array(std))
+        rounding = 2 / 255 / np.array(std)[:, None, None]  # of a resized image
+        colour = (plain[0, 0] / 255 - mean) / std
+        if (np.abs((image - mean) / std - seen) > tolerance).any():
+            continue
+        if (np.abs(whole[0] - colour[:, None, None]) > rounding + 1e-3).any():
+            raise _processor_refusal(processor, spec, "it pads images, or changes their colours by the size")
+        return tuple(map(float, mean)), tuple(map(float, std))
+    flips = " (BGR)" if np.abs(np.corrcoef(image[:, 0], seen[:, 2])[0, 1]) > 0.99 else ""
+    raise _processor_refusal(processor, spec, f"it does more than shift and scale red, green and blue{flips}")
+
+
+def _stated_pixels(processor: Any) -> tuple:
+    """Mean and std by a processor's settings, as most processors use them; these are exact, measured ones are not."""
+    settings = processor.to_dict()
+    # A processor normalises pixels of 0..255 times rescale_factor; mean and std here are of pixels in [0, 1].
+    unit = 255 * (settings.get("rescale_factor") or 0) if settings.get("do_rescale") else 255.0
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if settings.get("do_normalize"):
+        mean, std = settings.get("image_mean"), settings.get("image_std")
+    if not unit or any(not isinstance(values, (tuple, list)) or len(values) != 3 for values in (mean, std)):
+        return None, None
+    return tuple(m / unit for m in mean), tuple(s / unit for s in std)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}") if abs(value) > 1e-6 else 0.0
+
+
+def _processor_refusal(processor: Any, spec: str, why: str) -> UserError:
+    return UserError(
+        f"the image processor of model {spec!r}, {type(processor).__name__}, cannot be expressed as a mean and a std: "
+        f"{why}. Wrap the model with its arithmetic in python:<module>:<factory>"
+    )
 
 
 def _load_timm(spec: str) -> FoundClassifier:
@@ -305,13 +392,35 @@ def _load_python(spec: str) -> FoundClassifier:
     except (ImportError, AttributeError) as error:
         raise UserError(f"model {spec!r}: {first_line(error)}. The module must be on the PYTHONPATH") from error
     model = factory()
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
     if not isinstance(model, nn.Module):
         raise UserError(f"model {spec!r}: the factory returned a {type(model).__name__}, expected an nn.Module")
     return _describe(model, spec)
 
 
-def _floats(values: Sequence[float] | None) -> tuple[float, ...] | None:
-    return tuple(map(float, values)) if values else None
+def _mapping(stated: Any) -> dict:
+    """timm's pretrained_cfg as a dictionary; something else of that name is not timm's."""
+    if is_dataclass(stated) and not isinstance(stated, type):
+        stated = asdict(stated)
+    return dict(stated) if isinstance(stated, Mapping) else {}
+
+
+def _per_channel(model: str, what: str, values: Any) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    try:
+        floats = tuple(map(float, values))
+    except (TypeError, ValueError):
+        floats = ()
+    if len(floats) != 3 or not np.isfinite(floats).all() or (what == "std" and min(floats) <= 0):
+        raise UserError(
+            f"model {model!r}: {what} in its pretrained_cfg is {values!r}, expected three numbers of red, green and "
+            "blue in [0, 1]. Correct pretrained_cfg"
+        )
+    if max(floats) > 1:
+        logger.warning("model %s: %s %s in its pretrained_cfg is taken for pixels in [0, 1]", model, what, floats)
+    return floats
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------

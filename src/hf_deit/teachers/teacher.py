@@ -43,6 +43,7 @@ def load_teacher(
     mean: Sequence[float],
     std: Sequence[float],
     image_size: int | tuple[int, int] | None = None,
+    student_size: int | tuple[int, int] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     compile: bool = False,
@@ -60,6 +61,8 @@ def load_teacher(
         std: per channel, likewise the standard deviation.
         image_size: resize the pixels to this size for the teacher, `side` or `(height, width)`. By default the teacher
             sees the student's resolution, or its own when it accepts no other.
+        student_size: size of the student's pixels, likewise: the teacher is tried at it. By default it is tried at its
+            own size, or at 224.
         device: where the teacher runs; by default where its weights are.
         dtype: autocast to this type; by default bfloat16 on a GPU that supports bfloat16, float32 elsewhere.
         compile: `torch.compile` each model.
@@ -76,7 +79,8 @@ def load_teacher(
     members = []
     for one in _split(spec):
         found = find_classifier(one)
-        member = _Member(found, mean, std, image_size, device, dtype, folds=not isinstance(one, nn.Module))
+        folds = not isinstance(one, nn.Module)
+        member = _Member(found, mean, std, (image_size, student_size), device, dtype, folds)
         names = names or found.names  # several teachers of a nameless student follow the first
         matched = member.match_classes(names, num_labels, trust_class_order)
         logger.info("teacher %s: its %d classes are matched %s", member.name, member.num_labels, matched)
@@ -179,7 +183,7 @@ class _Member(FrozenClassifier):
     owner_of_classes = "student"
     remedy = "Fine-tune the teacher on the student's dataset first: recipes/run_teacher.py"
 
-    def __init__(self, found: FoundClassifier, mean, std, image_size, device, dtype, folds: bool):
+    def __init__(self, found: FoundClassifier, mean, std, sizes, device, dtype, folds: bool):
         super().__init__(found, device)
         self.dtype = dtype
         device = self.device
@@ -196,10 +200,10 @@ class _Member(FrozenClassifier):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
-        self.image_size = as_pair(image_size) if image_size else None  # None: the size of the student's pixels
-        size = self.image_size or found.image_size or (224, 224)
-        self.num_labels = self._logits(self.probe(size)).shape[1]
-        if self.image_size is None and self._is_fixed(found, size):
+        image_size, student_size = (as_pair(size) if size else None for size in sizes)
+        size, self.num_labels = self._first_readable(found, image_size, student_size)
+        self.image_size = image_size  # None: the size of the student's pixels
+        if image_size is None and (student_size not in (None, size) or self._is_fixed(found, size)):
             self.image_size = size
         folded = self._fold(size) if folds else 0
         logger.info(
@@ -219,12 +223,41 @@ class _Member(FrozenClassifier):
 
     def run(self, pixel_values: Tensor) -> Any:
         kind = pixel_values.device.type
-        dtype = self.dtype
+        dtype, stored = self.dtype, self.weights_type
+        pixel_values = pixel_values.to(stored)
+        if dtype is None and stored != torch.float32:
+            dtype = torch.float32  # no autocast: the network has a type of its own
         if dtype is None:
             has_bfloat16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if has_bfloat16 else torch.float32
         with torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
             return self.model(pixel_values.contiguous(memory_format=torch.channels_last))
+
+    def _first_readable(self, found: FoundClassifier, image_size, student_size) -> tuple[tuple[int, int], int]:
+        """The first size that the network reads, and the number of its classes: asked for, the student's, its own."""
+        own, usual = found.image_size, (224, 224)
+        if image_size is not None:
+            sizes = [image_size]
+        elif student_size is None or (found.fixed_size and own):
+            sizes = [own or usual]
+        else:
+            sizes = list(dict.fromkeys([student_size, own or usual]))
+        refusal = None
+        for size in sizes:
+            try:
+                num_labels = self._logits(self.probe(size)).shape[1]
+            except UserError as error:
+                refusal = refusal or error
+                continue
+            if refusal is not None and (own is None or found.fixed_size is False):
+                logger.warning(
+                    "teacher %s cannot read the student's %s pixels: it gets them resized to %s. %s",
+                    *(self.name, "x".join(map(str, sizes[0])), "x".join(map(str, size))),
+                    "If it was trained at another size, let its factory set config.image_size or default_cfg",
+                )
+            return size, num_labels
+        assert refusal is not None
+        raise refusal
 
     @staticmethod
     def _logits(output: Any) -> Tensor:
@@ -235,11 +268,13 @@ class _Member(FrozenClassifier):
     def _fold(self, size: tuple[int, int]) -> int:
         noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
         pixels = noise.to(self.device, memory_format=torch.channels_last)
+        if isinstance(self.model, torch._dynamo.OptimizedModule):  # compiled already
+            return 0
         return fold_batch_norms(self.model, lambda: self._logits(self.model(pixels)))
 
     def _is_fixed(self, found: FoundClassifier, size: tuple[int, int]) -> bool:
-        if found.fixed_size is not None or found.image_size is None:
-            return bool(found.fixed_size)
+        if found.fixed_size is not None:
+            return found.fixed_size
         try:
             self.probe((size[0] + 32, size[1] + 32))
         except ValueError:
