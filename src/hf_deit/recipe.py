@@ -49,8 +49,8 @@ def parse_recipe(
         keys = _read_recipe(Path(recipe), known)
         options = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
         if named is None and options & known:
-            for option in options & (replaced_by or {}).keys():
-                keys = {key: value for key, value in keys.items() if key not in replaced_by[option]}
+            superseded = {key for option, others in (replaced_by or {}).items() if option in options for key in others}
+            keys = {key: value for key, value in keys.items() if key not in superseded}
             if os.environ.get("RANK", "0") == "0":
                 print(
                     f"no recipe is named: the settings of {Path(recipe).name} apply where the command line gives none"

@@ -121,7 +121,7 @@ class Classifier(FrozenClassifier):
 
     def run(self, pixel_values: Tensor) -> Any:
         """The model's output; for timm's two-headed models, which return only the mean, an output with both heads."""
-        inner = getattr(self.model, "timm_model", self.model)
+        inner: Any = getattr(self.model, "timm_model", self.model)
         if not isinstance(getattr(inner, "head_dist", None), nn.Module):
             return self.model(pixel_values.to(self.weights_type), **self._options)
         logits = {}
@@ -144,7 +144,7 @@ class Classifier(FrozenClassifier):
 
     def _resize(self) -> None:
         """Prepare the model for `image_size`."""
-        inner = getattr(self.model, "timm_model", self.model)
+        inner: Any = getattr(self.model, "timm_model", self.model)
         if isinstance(inner, DeiTPreTrainedModel):  # ours; every model of Transformers has the method, as a refusal
             inner.resize_position_embeddings(self.image_size)
         elif hasattr(inner, "set_input_size"):  # timm's transformers

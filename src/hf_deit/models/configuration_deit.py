@@ -121,8 +121,7 @@ class DeiTConfig(PreTrainedConfig):
         if size not in SIZES:
             raise UserError(f"model size is {size!r}; choose one of {', '.join(SIZES)}")
         width, heads = SIZES[size]
-        fields = {"hidden_size": width, "num_attention_heads": heads}
-        return cls(**(fields | overrides))
+        return cls(**{"hidden_size": width, "num_attention_heads": heads, **overrides})
 
     @classmethod
     def from_stock(cls, config: PreTrainedConfig) -> DeiTConfig:

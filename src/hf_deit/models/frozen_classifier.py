@@ -111,7 +111,10 @@ class FrozenClassifier(nn.Module):
         generator = torch.Generator().manual_seed(0)
         image, other = torch.randn(2, 3, *size, generator=generator).to(self.device)
         try:
-            rows = [logits_of(self.run(torch.stack([image, beside])))[0] for beside in (other, 3 * other + 1)]
+            outputs: list[Any] = [
+                logits_of(self.run(torch.stack([image, beside]))) for beside in (other, 3 * other + 1)
+            ]
+            rows = [logits[0] for logits in outputs]
         except Exception as error:
             raise UserError(
                 f"{self.role} {self.name!r} reads one image, but not two ({_cause(error)}). Export it with a "
@@ -155,22 +158,23 @@ class FrozenClassifier(nn.Module):
         self._check_count(names, num_labels)
         if trust_class_order:
             return "by position (trust_class_order)"
-        match = match_class_names(self.names, names) if self.names and names else None
+        own, wanted = self.names or (), names or ()
+        match = match_class_names(own, wanted) if own and wanted else None
         if match is None:
-            sides = {self.role: self.names, self.owner_of_classes: names}
+            sides = {self.role: own, self.owner_of_classes: wanted}
             if nameless := [side for side, its_names in sides.items() if not self._are_names(its_names)]:
                 if nameless == [self.role]:
                     logger.warning(
                         "%s %r has no class names: its classes are taken by position for %s. Check their order, and "
                         "set trust_class_order if it is right",
-                        *(self.role, self.name, some_of(names or ())),
+                        *(self.role, self.name, some_of(wanted)),
                     )
                 return f"by position: the {nameless[0]} has no class names"
-            raise self._other_classes(self.names or (), names or ())
+            raise self._other_classes(own, wanted)
         order, doubt = match
         if doubt:
-            pairs = [(self.names[i], name) for i, name in zip(order, names, strict=True)]
-            shown = some_of([f"{own!r} for {name!r}" for own, name in pairs if own != name])
+            pairs = [(own[i], name) for i, name in zip(order, wanted, strict=True)]
+            shown = some_of([f"{its!r} for {name!r}" for its, name in pairs if its != name])
             logger.warning("%s %r: class names %s: %s", self.role, self.name, doubt, shown)
         if order == sorted(order):
             return "by name"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ..errors import UserError, first_line, some_of
 
@@ -139,7 +139,7 @@ def stored_types(where: str) -> set[str]:
     if file.name == index:
         shards = set(json.loads(file.read_text("utf-8"))["weight_map"].values())
         files = [Path(find_file(where, shard)) for shard in shards]
-    types = set()
+    types: set[str] = set()
     for one in files:
         with safe_open(one, "pt") as tensors:
             types |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
