@@ -32,9 +32,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 import hf_deit
 from hf_deit import Mixing, TrainViews, build_train_transform
+from hf_deit.augmentation.repeated_augmentation import RepeatedAugmentationSampler
 from hf_deit.augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD
 from hf_deit.data.decoding import decode_image
-from hf_deit.data.repeated_augmentation import RepeatedAugmentationSampler
 from hf_deit.data.views import collate_views
 
 

@@ -68,8 +68,8 @@ from hf_deit import (
     distillation_loss,
     load_teacher,
 )
+from hf_deit.augmentation.repeated_augmentation import RepeatedAugmentationSampler
 from hf_deit.augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD
-from hf_deit.data.repeated_augmentation import RepeatedAugmentationSampler
 from hf_deit.data.views import collate_views
 from hf_deit.paper.machine import describe_machine, resident_memory, restart_resident_peak
 from hf_deit.teachers.teacher import Teacher

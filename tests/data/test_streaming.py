@@ -18,8 +18,8 @@ from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader
 
 from hf_deit import TrainViews, build_train_transform
+from hf_deit.augmentation.repeated_augmentation import RepeatedAugmentationSampler
 from hf_deit.data import streaming as streaming_module
-from hf_deit.data.repeated_augmentation import RepeatedAugmentationSampler
 from hf_deit.data.streaming import StreamedImages
 from hf_deit.data.views import collate_views
 

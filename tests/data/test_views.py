@@ -17,9 +17,9 @@ from hf_deit import (
     build_train_transform,
     load_image_dataset,
 )
+from hf_deit.augmentation.repeated_augmentation import RepeatedAugmentationSampler, View
 from hf_deit.data import views as views_module
 from hf_deit.data.decoding import decode_image
-from hf_deit.data.repeated_augmentation import RepeatedAugmentationSampler, View
 from hf_deit.data.views import collate_views
 
 

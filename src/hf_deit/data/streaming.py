@@ -5,7 +5,7 @@ number of images in each row group (`block` in the code). A stream therefore has
 as exact as a dataset on disk: the same rule of order, the same views, and an interrupted run resumes at its place
 without reading earlier images. (`datasets.IterableDataset` can only be read from the start of a shard.)
 
-The order of the images keeps streaming fast: see repeated_augmentation.py.
+The order of the images keeps streaming fast: see augmentation/repeated_augmentation.py.
 """
 
 from __future__ import annotations

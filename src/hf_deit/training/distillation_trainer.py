@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_pt_utils import get_parameter_names
 
 from ..augmentation.mixing import Mixing, normalize
+from ..augmentation.repeated_augmentation import RepeatedAugmentationSampler
 from ..data.labels import CheckedLabels, check_labels
-from ..data.repeated_augmentation import RepeatedAugmentationSampler
 from ..data.views import collate_views
 from ..errors import UserError, refusals_of_libraries
 from ..evaluation.metrics import TopKAccuracy, three_head_accuracy, top_classes

@@ -8,7 +8,7 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from hf_deit.data.repeated_augmentation import RepeatedAugmentationSampler
+from hf_deit.augmentation.repeated_augmentation import RepeatedAugmentationSampler
 
 
 def test_an_epoch_shows_a_third_of_the_images_three_times():
