@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> dict:
     (args,) = parse_recipe(KINDS, argv)
 
     # 2. Load the images, and every model before the first one runs: a wrong name ends the program here
-    images = load_image_dataset(**args.loading(), splits=("eval",))["eval"]
+    loaded = load_image_dataset(**args.loading(), splits=("eval",))
+    images = loaded["eval"]
     label = images.features["label"]
     names = getattr(label, "feature", label).names  # ReaL's labels are lists
     classifiers = [
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # 4. Report
     command = sys.argv if argv is None else [__file__, *argv]
-    report = evaluation_report(args, results, num_classes=len(names), command=command)
+    report = evaluation_report(args, results, num_classes=len(names), command=command, held_out=loaded.held_out)
     if PartialState().is_main_process:
         table = evaluation_table(report, args.heads)
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)

@@ -72,12 +72,23 @@ class DataArguments:
         None, "Column of the labels. Default: found from the column types.", affects="views"
     )
     train_split: str | None = option(
-        None, "Split to train on; join several with '+'. Default: the registry's split, else 'train'.", affects="views"
+        None,
+        "Split to train on, or a slice such as 'train[:80%]'; join several with '+'. Default: the registry's split, "
+        "else 'train'.",
+        affects="views",
     )
     eval_split: str | None = option(
         None,
-        "Split to evaluate on; join several with '+'. Default: the registry's split, else a held-out split.",
+        "Split to evaluate on, or a slice such as 'train[80%:]'; join several with '+'. Default: the registry's "
+        "split, else validation, val, dev, test, ...; if there is none, see eval_fraction.",
         affects="machine",
+    )
+    eval_fraction: float = option(
+        0.15,
+        "Without a split to evaluate on: share of each class that is held out of the training images, in [0, 1). The "
+        "choice depends on the images alone, not on a seed, so that a teacher, its students and run_eval.py agree. 0: "
+        "train on all of them and evaluate nothing.",
+        affects="views",
     )
     max_train_samples: int | None = option(
         None, "Train on a random subset of this many images (streaming: on the first ones).", affects="views"

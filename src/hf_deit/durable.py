@@ -13,3 +13,16 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there: it is written aside, flushed, and renamed over `path`."""
+    aside = path.with_name(f"_{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        aside.write_text(text, "utf-8")
+        flush(aside)
+        aside.replace(path)
+        flush(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)

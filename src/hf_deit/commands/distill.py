@@ -13,7 +13,7 @@ from ..arguments import DataArguments, ModelArguments
 from ..errors import refusals_of_libraries
 from ..recipe import parse_recipe
 from ..training.distillation_config import DistillationConfig
-from .teacher import find_or_train_teacher
+from .teacher import evaluate_nothing, find_or_train_teacher
 
 
 if TYPE_CHECKING:
@@ -48,20 +48,27 @@ def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str])
     architecture = {"model_name_or_path": {item.name for item in fields(ModelArguments)} - {"teacher_recipe"}}
     model_args, data_args, training_args = parse_recipe(KINDS, argv, recipes / "quickstart.yaml", architecture)
     # Slow imports come after parsing, so that a wrong command line is reported at once.
+    from ..data.summary import summarize
     from ..data.views import load_views
     from ..teachers.teacher import load_teacher
     from ..training.distillation_trainer import DistillationTrainer
 
+    # 2. The images
+    views = load_views(data_args, seed=training_args.view_seed, **training_args.transform_options())
+    summary = summarize(views.images) if training_args.process_index == 0 else None
+    if summary is not None:
+        print(summary, flush=True)
+    if views.eval is None:
+        evaluate_nothing(training_args)
+
+    # 3. The student and its teacher
     needs_teacher = training_args.distillation_type in ("hard", "soft")
     trains_teacher = needs_teacher and training_args.teacher_replay is None
     if trains_teacher and model_args.teacher is None and model_args.teacher_recipe is not None:
-        model_args.teacher = find_or_train_teacher(recipes / model_args.teacher_recipe, data_args, command=command)
+        model_args.teacher = find_or_train_teacher(
+            recipes / model_args.teacher_recipe, data_args, command=command, summary=summary
+        )
     set_seed(training_args.seed)
-
-    # 2. The images
-    views = load_views(data_args, seed=training_args.view_seed, **training_args.transform_options())
-
-    # 3. The student and its teacher
     with refusals_of_libraries():  # a missing attention backend, say
         student = build_student(model_args, data_args.image_size, views.id2label)
     teacher = None
@@ -84,6 +91,7 @@ def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str])
         eval_dataset=views.eval,
         processing_class=views.processor,
         data_args=data_args,
+        summary=summary,
         command=command,
     )
 

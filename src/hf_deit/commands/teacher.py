@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import set_seed
+from transformers import IntervalStrategy, set_seed
 
 from ..arguments import ClassifierArguments, DataArguments
+from ..errors import UserError
 from ..recipe import parse_recipe
 from ..training.checkpoints import is_finished
 from ..training.distillation_config import DistillationConfig
 
+
+if TYPE_CHECKING:
+    from ..data.summary import DatasetSummary
 
 KINDS = (ClassifierArguments, DataArguments, DistillationConfig)
 
@@ -33,11 +38,13 @@ def main(argv: Sequence[str], *, command: Sequence[str]) -> dict[str, float]:
     return train_teacher(*parse_recipe(KINDS, argv), command=command)
 
 
-def find_or_train_teacher(recipe: Path, data_args: DataArguments, *, command: Sequence[str]) -> str:
+def find_or_train_teacher(
+    recipe: Path, data_args: DataArguments, *, command: Sequence[str], summary: DatasetSummary | None = None
+) -> str:
     """Return the recipe's output_dir; if it holds no finished run, first train the teacher on the student's data."""
     model_args, _, training_args = parse_recipe(KINDS, [str(recipe)])
     if not is_finished(training_args.output_dir):
-        train_teacher(model_args, data_args, training_args, command=command)
+        train_teacher(model_args, data_args, training_args, command=command, summary=summary)
     return training_args.output_dir
 
 
@@ -47,9 +54,11 @@ def train_teacher(
     training_args: DistillationConfig,
     *,
     command: Sequence[str],
+    summary: DatasetSummary | None = None,
 ) -> dict[str, float]:
-    """Train the classifier on labels only (`distillation_type` 'none')."""
+    """Train the classifier on labels only (`distillation_type` 'none'); `summary` is set if it was printed already."""
     # Slow imports come after parsing, so that a wrong command line is reported at once.
+    from ..data.summary import summarize
     from ..data.views import load_views
     from ..models.classifiers import new_classifier
     from ..training.distillation_trainer import DistillationTrainer
@@ -57,6 +66,11 @@ def train_teacher(
     training_args.distillation_type = "none"
     set_seed(training_args.seed)
     views = load_views(data_args, seed=training_args.view_seed, **training_args.transform_options())
+    if summary is None and training_args.process_index == 0:
+        summary = summarize(views.images)
+        print(summary, flush=True)
+    if views.eval is None:
+        evaluate_nothing(training_args)
     model = new_classifier(
         model_args.model_name_or_path,
         id2label=views.id2label,
@@ -72,6 +86,21 @@ def train_teacher(
         eval_dataset=views.eval,
         processing_class=views.processor,
         data_args=data_args,
+        summary=summary,
         command=command,
     )
     return trainer.train_and_save()
+
+
+def evaluate_nothing(training_args: DistillationConfig) -> None:
+    """Turn evaluation off, for a dataset without images to evaluate on.
+
+    Raises:
+        UserError: the run was to keep its best model, which only an evaluation can tell.
+    """
+    if training_args.load_best_model_at_end:
+        raise UserError(
+            "load_best_model_at_end needs images to evaluate on, and there are none: set eval_split, or an "
+            "eval_fraction above 0"
+        )
+    training_args.eval_strategy = IntervalStrategy.NO

@@ -100,7 +100,7 @@ def storable_path(path: str) -> str:
     return path
 
 
-def _path_of(path: str) -> str:
+def path_of(path: str) -> str:
     """Undo [`storable_path`]; no file name that needs no URI begins like one, because stored paths are absolute."""
     return os.fsdecode(unquote_to_bytes(path[len("file://") :])) if path.startswith("file:///") else path
 
@@ -119,7 +119,7 @@ def _read(encoded: Mapping) -> bytes:
         if path is None:
             raise DamagedImage("has neither bytes nor a path")
         try:
-            with open(_path_of(path), "rb", opener=_open_at_once) as file:
+            with open(path_of(path), "rb", opener=_open_at_once) as file:
                 data = file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
         except (OSError, ValueError) as error:  # ValueError: the path holds a zero
             raise DamagedImage(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error

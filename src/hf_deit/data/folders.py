@@ -48,6 +48,7 @@ SPLIT_NAMES = tuple(SPLIT_MEANINGS)
 # Names that are splits even if nothing beside them means training, and even for the directory itself.
 _SURE_SPLITS = ("train", "validation", "val", "valid", "dev", "test")
 _SPLIT_FOLDER = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:[-_ ]?(?:set|data|images|imgs))?")
+IMAGE_FOLDERS = "image folders"  # the name of the layout
 _MAX_DEPTH = 16  # of wrapping folders: a link may lead back to its own folder
 
 
@@ -67,17 +68,21 @@ class LocalImages:
 
 
 class UnreadFiles:
-    """Collects the files of class folders that are not read, for one warning.
+    """Collects the files of a directory of class folders that are not read, for one warning.
 
     Attributes:
-        counts: number of files for each reason: a suffix, "no suffix", "hidden", ...
+        counts: number of files for each reason: a suffix, "without suffix", "hidden", ...
         paths: these files.
+        beside: other files outside the class folders, such as README.md. Nobody takes them for images of a class.
+        folders: folders outside the splits that are not searched: a third split, hidden folders, ...
         empty: class folders without any file.
     """
 
     def __init__(self, files: Iterable[tuple[str, str]] = ()):
         self.counts: Counter[str] = Counter()
         self.paths: list[str] = []
+        self.beside: list[str] = []
+        self.folders: list[str] = []
         self.empty: list[str] = []
         self.add(files)
 
@@ -186,6 +191,33 @@ def _wrapped(folder: Path) -> Path | None:
     return inner[0] if any(_has_image(entry.path) for entry in _folders(inner[0])) else None
 
 
+def list_beside(directory: Path, folders: Iterable[Path], unread: UnreadFiles) -> None:
+    """Add to `unread` what lies between `directory` and the class folders, without searching other folders.
+
+    Args:
+        directory: as given to [`find_image_folders`].
+        folders: those of the splits in use, which [`read_image_folders`] reports on.
+    """
+    used = {os.path.abspath(folder) for folder in folders}
+    passed = {parent for folder in used for parent in map(str, Path(folder).parents)}
+    to_list = [] if os.path.abspath(directory) in used else [os.path.abspath(directory)]
+    while to_list:
+        for entry in _entries(to_list.pop()):
+            if not entry.is_dir():
+                _add_outside(entry, unread)
+            elif entry.path in passed and entry.path not in used:
+                to_list.append(entry.path)
+            elif entry.path not in used:
+                unread.folders.append(entry.path)
+
+
+def _add_outside(entry: os.DirEntry, unread: UnreadFiles) -> None:
+    if _why_no_image(entry) is None:
+        unread.add([(entry.path, "outside the class folders")])
+    else:
+        unread.beside.append(entry.path)
+
+
 def read_image_folders(
     folder: Path, train_folder: Path | None = None, unread: UnreadFiles | None = None
 ) -> LocalImages:
@@ -216,14 +248,17 @@ def read_image_folders(
             report.add(others)
     if without:
         _refuse_folders_without_images(folder, without)
-    loose = sorted(_loose_images(folder))
     if not found:
-        got = "holds images but no folder per class" if loose else "holds no folder of images"
+        got = "holds images but no folder per class" if any(_loose_images(folder)) else "holds no folder of images"
         raise UserError(
             f"{str(folder)!r} {got}; expected {folder.name}/<class>/<image>.jpg. For "
             "ImageNet's flat validation folder use dataset_name: imagenet-1k with data_dir"
         )
-    report.add((path, "outside the class folders") for path in loose)
+    for entry in _entries(os.path.abspath(folder)):
+        if not entry.is_dir():
+            _add_outside(entry, report)
+        elif entry.name.startswith("."):
+            report.folders.append(entry.path)
     names = sort_classes(found) if train_folder in (None, folder) else _class_folders(train_folder)
     found = {name: found[name] for name in sort_classes(found)}
     for name in (*names, *found):
@@ -323,10 +358,14 @@ def find_shards(directory: Path, suffix: str, everywhere: bool = False) -> dict[
 HIDDEN = "hidden"
 
 
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
 def visible_entries(folder: str | Path) -> list[os.DirEntry]:
     """List the entries of a folder sorted by name, without names that begin with a dot."""
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    return [entry for entry in _entries(folder) if not entry.name.startswith(".")]
 
 
 def image_paths(folder: str | Path) -> list[str]:

@@ -11,26 +11,29 @@ from __future__ import annotations
 import glob
 import itertools
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..errors import UserError, some_of
+from ..errors import UserError, first_line, some_of
 from .decoding import storable_path
 from .folders import (
+    IMAGE_FOLDERS,
     SPLIT_MEANINGS,
     LocalImages,
     UnreadFiles,
     find_image_folders,
     find_shards,
+    list_beside,
     read_image_folders,
     sort_classes,
     split_named,
@@ -53,6 +56,64 @@ LABEL_COLUMNS = ("label", "labels", "cls", "json.label", "json.cls")
 Splits = Mapping[str, Callable[[], datasets.Dataset]]
 
 
+class Source(NamedTuple):
+    """Where the images of a dataset are.
+
+    Attributes:
+        place: absolute directory, or the page of the dataset.
+        layout: how the images are stored, in a few words.
+        splits: the splits, each with the function that loads it.
+        locations: files or folder of each split, if they are on this machine.
+        streamed: the parquet files of each split to stream; None if nothing is streamed.
+    """
+
+    place: str
+    layout: str
+    splits: Splits
+    locations: Mapping[str, tuple[str, ...]]
+    streamed: Mapping[str, Sequence[str]] | None = None
+
+
+class Piece(NamedTuple):
+    """A split, or a slice of it.
+
+    Attributes:
+        split: name of the split in the source.
+        rows: the slice in the notation of the datasets library, such as "[:80%]"; "" for the whole split.
+    """
+
+    split: str
+    rows: str
+
+    def __str__(self) -> str:
+        return self.split + self.rows
+
+
+class LoadedImages(dict[str, Any]):
+    """The images of each part, "train" and "eval", and what was found on the way.
+
+    Attributes:
+        name: the dataset, as it was asked for.
+        place: absolute directory, or the page of the dataset.
+        layout: how the images are stored, in a few words.
+        splits: the source's own names of the splits of each part, slices included, joined with "+".
+        unread: files of image folders that are not read.
+        held_out: number of training images that were held out for evaluation, and of how many; None if the evaluation
+            images are another split.
+        trained_on: number of evaluation images that are training images too, because the splits overlap.
+    """
+
+    def __init__(self, name: str, source: Source):
+        super().__init__()
+        self.name = name
+        self.place = source.place
+        self.layout = source.layout
+        self.splits: dict[str, str] = {}
+        self.unread = UnreadFiles()
+        self.held_out: tuple[int, int] | None = None
+        self.trained_on = 0
+
+
 def load_image_dataset(
     name: str,
     *,
@@ -66,8 +127,9 @@ def load_image_dataset(
     eval_split: str | None = None,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
+    eval_fraction: float = 0.15,
     seed: int = 0,
-) -> dict[str, datasets.Dataset | StreamedImages]:
+) -> LoadedImages:
     """Load a labelled image dataset as `{"train", "eval"}`, each with the columns `image` and `label`.
 
     A directory may contain parquet files or webdataset-style tar shards, whose names or folders name their split, or
@@ -83,22 +145,29 @@ def load_image_dataset(
             downloading or converting them first. Evaluation images are downloaded once, because every epoch needs
             them. Image folders are always read in place.
         image_column, label_column: needed only if the dataset has several columns of that kind.
-        train_split, eval_split: splits, joined with "+", in upper or lower case. The defaults are the registry's, else
-            "train" (or training) and the first of validation, val, valid, dev, test, evaluation, eval, testing that
-            exists.
+        train_split, eval_split: splits, joined with "+", in upper or lower case, or slices of them in the notation of
+            the datasets library: "train[:80%]", "train[100:200]", "train[-20%:]". The defaults are the registry's,
+            else "train" (or training) and the first of validation, val, valid, dev, test, evaluation, eval, testing
+            that exists.
         max_train_samples, max_eval_samples: size of a random subset, the same for the same seed; for a stream the
             first images instead.
-        seed: seed of the subsets.
+        eval_fraction: share of the images of each class that is held out for evaluation if there is no split to
+            evaluate on, in [0, 1); 0: there is no part "eval" then. What is held out depends only on the images, their
+            order and `seed`; a class with one image keeps it. Default: as in Hugging Face's
+            run_image_classification.py.
+        seed: seed of the subsets and of what is held out.
 
     Returns:
-        `image` is not decoded (`{"bytes", "path"}`). `label` is a `ClassLabel` with the class names, the same in both
-        splits; for imagenet-real a list of class labels, which may be empty. Labels that are numbers keep their order.
-        If the splits number the same classes in another order, the order is that of the training images. A stream is a
+        A dict of the parts; its attributes say where the images come from, see [`LoadedImages`]. `image` is not
+        decoded (`{"bytes", "path"}`). `label` is a `ClassLabel` with the class names, the same in both splits; for
+        imagenet-real a list of class labels, which may be empty. Labels that are numbers keep their order. If the
+        splits number the same classes in another order, the order is that of the training images. A stream is a
         [`StreamedImages`].
 
     Raises:
         ValueError: if nothing is found under the name, the directory has no images, a split or column is missing, the
-            splits have different classes, or there are fewer than two classes to train on.
+            splits have different classes, there are fewer than two classes to train on, or nothing to evaluate on
+            can be held out.
     """
     entry = REGISTRY.get(name)
     if not splits or not set(splits) <= {"train", "eval"}:
@@ -115,47 +184,103 @@ def load_image_dataset(
         if limit is not None and limit < 1:
             raise UserError(f"max_{part}_samples is {limit}; use a positive number, or leave it unset for all images")
 
+    if not 0 <= eval_fraction < 1:
+        raise UserError(f"eval_fraction is {eval_fraction}; it must be at least 0 and below 1, such as 0.15")
+
     requested = {"train": train_split, "eval": eval_split}
-    unread = UnreadFiles()
-    available, files = _find(name, data_dir, category_level, entry, streaming, requested, unread)
+    source, unread = _find(name, data_dir, category_level, entry, streaming, requested)
+    source = source._replace(splits={split: cache(load) for split, load in source.splits.items()})
+    available, files = source.splits, source.streamed
     used = {part: requested[part] or split for part, split in _default_splits(available, entry, eval_split).items()}
     columns = (image_column, label_column)
-    load = partial(_load_split, available, name=name, columns=columns, entry=entry)
-    chosen = {part: load(used[part], f"{part}_split") for part in splits if files is None or part == "eval"}
+    load = partial(_load_split, source, name=name, columns=columns, entry=entry)
+    holds_out = eval_split is None and "train" in used and _nothing_else_to_evaluate_on(used, available)
+    if holds_out:
+        _check_hold_out(files is not None, eval_fraction, splits, used, name)
+        splits_to_load = ("train",)
+    else:
+        splits_to_load = [part for part in splits if files is None or part == "eval"]
+    loaded = {part: load(used[part], f"{part}_split") for part in splits_to_load}
+    chosen = {part: rows for part, (rows, _) in loaded.items()}
+    spans = {part: spans for part, (_, spans) in loaded.items()}
 
     values = None
     if any(isinstance(rows.features["label"], datasets.Value) for rows in chosen.values()):
         # The training images define the classes, even if only the evaluation images are loaded. A stream cannot be
         # searched for its classes; then the evaluation images define them.
-        has_train = files is None and "train" in used and _named_like(used["train"], available) is not None
-        reference = chosen.get("train") or (load(used["train"], "train_split") if has_train else chosen["eval"])
+        has_train = files is None and "train" in used and _pieces(used["train"], available) is not None
+        reference = chosen.get("train") or (load(used["train"], "train_split")[0] if has_train else chosen["eval"])
         values, class_names = _values_of_classes(reference, entry, name)
         chosen = {part: _with_class_names(rows, values, class_names, name) for part, rows in chosen.items()}
     if files is not None and "train" in splits:
-        train_files = [
-            file for split in _names(used["train"], "train_split", available, name) for file in files[split]
-        ]
+        pieces = _pieces_of_stream(used["train"], available, name)
         label = chosen["eval"].features["label"] if "eval" in chosen else None
+        train_files = [file for piece in pieces for file in files[piece.split]]
         chosen["train"] = _stream(train_files, columns, entry, label, values, name)
+        spans["train"] = [_Span(source.locations.get(piece.split, piece.split), 0, None) for piece in pieces]
     if "train" in chosen and "eval" in chosen:
         order = _class_names(chosen["train"])
         chosen["eval"] = _in_the_order_of(order, chosen["eval"], name, (used["train"], used["eval"]))
-    if "train" in chosen and entry is None and len(classes := _class_names(chosen["train"])) < 2:
-        raise UserError(
-            f"{name!r}: {len(classes)} class found in {used['train']}: {some_of([repr(label) for label in classes])}; "
-            "at least 2 are needed. In a directory expected train/<class>/<image>.jpg with a folder for each class"
-        )
+    if "train" in chosen and entry is None:
+        _check_number_of_classes(chosen["train"], name, used["train"])
+    if source.layout == IMAGE_FOLDERS:
+        pieces = [piece for part in chosen for piece in _pieces(used[part], available) or ()]
+        folders = [Path(folder) for piece in pieces for folder in source.locations[piece.split]]
+        list_beside(Path(source.place), folders, unread)
     unread.warn()
     _warn_of_sizes(name, entry, {part: len(rows) for part, rows in chosen.items() if requested[part] is None})
 
-    for part, rows in chosen.items():
-        if limits[part] is not None and limits[part] < len(rows):
-            chosen[part] = (
-                rows.take(limits[part])
-                if isinstance(rows, StreamedImages)
-                else rows.select(np.random.default_rng(seed).permutation(len(rows))[: limits[part]])
+    images = LoadedImages(name, source)
+    images.unread = unread
+    if holds_out and eval_fraction > 0:
+        whole = chosen["train"]
+        kept, held_out = hold_out(np.asarray(whole.with_format("numpy")["label"][:]), eval_fraction, seed)
+        if not len(held_out):
+            raise UserError(
+                f"{name!r} has no split to evaluate on, and no class of {used['train']} has two images, so that none "
+                "can be held out: add images, set eval_split, or set eval_fraction to 0 to train without evaluation"
             )
-    return {part: chosen[part] for part in splits}
+        chosen = {"train": whole.select(kept), "eval": whole.select(held_out)}
+        images.held_out = len(held_out), len(whole)
+        used["eval"] = used["train"]
+    elif "train" in spans and "eval" in spans:
+        images.trained_on = _warn_of_shared_images(spans, used, len(chosen["eval"]))
+    _warn_of_classes_not_trained(chosen, used)
+    for part in splits:
+        if part in chosen:
+            images.splits[part] = "+".join(map(str, _pieces(used[part], available) or ()))
+            images[part] = _subset(chosen[part], limits[part], seed)
+    return images
+
+
+def hold_out(labels: np.ndarray, fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Choose a share of the images of each class at random, the same for the same labels and seed.
+
+    Args:
+        labels: class of each image, `(images,)` int64.
+        fraction: share to hold out, in (0, 1). Of a class with at least two images, at least one is held out and at
+            least one is kept; the only image of a class is kept.
+
+    Returns:
+        Positions of the images that are kept and of those that are held out, both in rising order.
+    """
+    _, classes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    shares = np.minimum(np.maximum(np.rint(sizes * fraction), 1), sizes - 1).astype(int)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(classes[order], kind="stable")]  # the images of each class together, in random order
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    is_held_out = rank < np.repeat(shares, sizes)
+    return np.sort(order[~is_held_out]), np.sort(order[is_held_out])
+
+
+def _subset(
+    rows: datasets.Dataset | StreamedImages, limit: int | None, seed: int
+) -> datasets.Dataset | StreamedImages:
+    if limit is None or limit >= len(rows):
+        return rows
+    if isinstance(rows, StreamedImages):
+        return rows.take(limit)
+    return rows.select(np.random.default_rng(seed).permutation(len(rows))[:limit])
 
 
 # --- where the images are ----------------------------------------------------------------------------------------
@@ -168,9 +293,9 @@ def _find(
     entry: RegisteredDataset | None,
     streaming: bool,
     requested: Mapping[str, str | None],
-    unread: UnreadFiles,
-) -> tuple[Splits, dict[str, list[str]] | None]:
-    """Return the splits and, with `streaming`, the parquet files of each split; None if nothing is streamed."""
+) -> tuple[Source, UnreadFiles]:
+    """Find the dataset. The files that are not read are known once the splits have been loaded."""
+    unread = UnreadFiles()
     if category_level is not None and not name.startswith("inat"):
         raise UserError(
             f"category_level is only for inat18 and inat19; leave it unset for {name!r}, which has one level of "
@@ -184,30 +309,37 @@ def _find(
     if entry is not None and not entry.layout.markers:
         if data_dir is not None:
             raise UserError(f"{name!r} is {entry.layout.description} and needs no data_dir: leave data_dir unset")
-        return _from_layout(entry, None, None), None
+        return Source(entry.page, entry.layout.description, _from_layout(entry, None, None), {}), unread
     directory = Path(data_dir or name).expanduser()
     if directory.is_dir():
         root = entry.layout.find(directory) if entry is not None else None
         if root is not None:
-            return _from_layout(entry, root, category_level), None
+            layout = f"the official files: {entry.layout.description}"
+            return Source(os.path.abspath(root), layout, _from_layout(entry, root, category_level), {}), unread
         if category_level is not None:
             raise UserError(
                 f"category_level needs the official files, which are not in {str(directory)!r}; expected "
                 f"{entry.layout.description}"
             )
-        return _find_in_directory(directory, entry, streaming, requested, unread)
+        return _find_in_directory(directory, entry, streaming, requested, unread), unread
     if data_dir is not None:
         raise UserError(f"data_dir is {data_dir!r}, which is not a directory; check the path")
     if not streaming:
         rows = _from_hub(datasets.load_dataset, name, entry)
-        return {split: partial(rows.__getitem__, split) for split in rows}, None
+        splits = {split: partial(rows.__getitem__, split) for split in rows}
+        return Source(_page_on_hub(name, entry), "a dataset of the Hub", splits, {}), unread
     files = _from_hub(datasets.load_dataset_builder, name, entry).config.data_files or {}
     if not files or not all(str(path).endswith(".parquet") for paths in files.values() for path in paths):
         raise UserError(
             f"{name!r} is not stored as parquet files on the Hub, and only parquet is streamed; use streaming: false"
         )
     files = {str(split): [str(path) for path in paths] for split, paths in files.items()}
-    return _splits_of_shards("parquet", files), files
+    layout = "parquet files on the Hub, streamed"
+    return Source(_page_on_hub(name, entry), layout, _splits_of_shards("parquet", files), {}, files), unread
+
+
+def _page_on_hub(name: str, entry: RegisteredDataset | None) -> str:
+    return f"https://huggingface.co/datasets/{name if entry is None else entry.hub_id}"
 
 
 def _stream(
@@ -281,25 +413,29 @@ def _find_in_directory(
     streaming: bool,
     requested: Mapping[str, str | None],
     unread: UnreadFiles,
-) -> tuple[Splits, dict[str, list[str]] | None]:
+) -> Source:
+    place = os.path.abspath(directory)
     # The cheap searches come first: a directory may contain a million images.
     files = find_shards(directory, ".parquet")
     if not files and (folders := find_image_folders(directory, requested)):
-        train = next(iter(_named_like(requested["train"] or "train", folders) or ()), None)
-        train_folder = folders.get(train)
-        return {
+        pieces = _pieces(requested["train"] or "train", folders)
+        train_folder = folders[pieces[0].split] if pieces else None
+        splits = {
             split: partial(_from_lists, partial(read_image_folders, folder, train_folder, unread), split)
             for split, folder in folders.items()
-        }, None
+        }
+        return Source(place, IMAGE_FOLDERS, splits, {split: (str(folder),) for split, folder in folders.items()})
     if files := files or find_shards(directory, ".parquet", everywhere=True):
-        return _splits_of_shards("parquet", files), files if streaming else None
+        splits = _splits_of_shards("parquet", files)
+        layout = "parquet files, streamed" if streaming else "parquet files"
+        return Source(place, layout, splits, _locations(files), files if streaming else None)
     if files := find_shards(directory, ".tar", everywhere=True):
         if streaming:
             raise UserError(
                 f"{str(directory)!r} holds tar shards, and only parquet files are streamed. Use streaming: false, "
                 "which copies the shards once into the cache of the datasets library"
             )
-        return _splits_of_shards("webdataset", files), None
+        return Source(place, "tar shards", _splits_of_shards("webdataset", files), _locations(files))
     official = f", or the official layout: {entry.layout.description}" if entry is not None else ""
     if (others := unread_files(directory)).paths:
         official += f". It holds other files ({others}): {others.advice}"
@@ -308,6 +444,10 @@ def _find_in_directory(
         "shards such as train-0000.tar and val-0000.tar, or folders such as train/<class>/<image>.jpg and "
         f"val/<class>/<image>.jpg{official}"
     )
+
+
+def _locations(files: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    return {split: tuple(paths) for split, paths in files.items()}
 
 
 def _splits_of_shards(kind: str, files: Mapping[str, list[str]]) -> Splits:
@@ -398,10 +538,10 @@ def _default_splits(available: Splits, entry: RegisteredDataset | None, eval_spl
     if entry is not None:
         wanted = {"train": entry.train_split, "eval": entry.eval_split}
         wanted = {part: split for part, split in wanted.items() if split is not None}
-        if all(_named_like(split, available) for split in wanted.values()):
+        if all(_pieces(split, available) for split in wanted.values()):
             if eval_split is not None and "train" in wanted:  # do not train on the evaluation images
-                held_out = _named_like(eval_split, available) or []
-                kept = [s for s in wanted["train"].split("+") if _named_like(s, available)[0] not in held_out]
+                held_out = _pieces(eval_split, available) or []
+                kept = [part for part in wanted["train"].split("+") if _pieces(part, available)[0] not in held_out]
                 wanted["train"] = "+".join(kept) or "train"
             return wanted
     lower = {name.lower(): name for name in reversed(available)}
@@ -409,40 +549,95 @@ def _default_splits(available: Splits, entry: RegisteredDataset | None, eval_spl
     return {"train": "train", "eval": next((split for split in EVAL_SPLITS if split in available), held_out)}
 
 
-def _named_like(split: str, available: Mapping[str, Any]) -> list[str] | None:
-    """Return the source's own names of "a+b", where validation may be called val; None if one is missing."""
+_SLICED = re.compile(r"(.*?)\s*((?:\[[^\[\]]*\](?:\(\w+\))?)?)", re.DOTALL)
+
+
+def _pieces(split: str, available: Mapping[str, Any]) -> list[Piece] | None:
+    """Return the source's own names of "a+b[:10%]", where validation may be called val; None if one is missing."""
+    if split in available:  # a name may hold any character
+        return [Piece(split, "")]
+    pieces = []
+    for part in split.split("+"):
+        name, rows = (part.strip(), "")
+        if name not in available:
+            name, rows = _SLICED.fullmatch(name).groups()
+        own = _named_like(name, available)
+        if own is None:
+            return None
+        pieces.append(Piece(own, rows))
+    return pieces
+
+
+def _named_like(split: str, available: Mapping[str, Any]) -> str | None:
     validation = [name for name, meaning in SPLIT_MEANINGS.items() if meaning == "validation"]
     lower = {name.lower(): name for name in reversed(available)}
-    names = []
-    for part in split.split("+"):
-        aliases = [part, *(validation if part in validation else ())]
-        known = [alias for alias in aliases if alias in available]
-        # then in another case, and the other words for train and test
-        words = [part.lower(), split_named(part), *(word for word, means in SPLIT_MEANINGS.items() if means == part)]
-        known += [lower[word] for word in (*words, *aliases) if word in lower]
-        names.append(known[0] if known else None)
-    return None if None in names else names
+    aliases = [split, *(validation if split in validation else ())]
+    known = [alias for alias in aliases if alias in available]
+    # then in another case, and the other words for train and test
+    words = [split.lower(), split_named(split), *(word for word, means in SPLIT_MEANINGS.items() if means == split)]
+    known += [lower[word] for word in (*words, *aliases) if word in lower]
+    return known[0] if known else None
 
 
-def _names(split: str, option: str, available: Splits, name: str) -> list[str]:
-    names = _named_like(split, available)
-    if names is None:
+def _existing_pieces(split: str, option: str, available: Splits, name: str) -> list[Piece]:
+    pieces = _pieces(split, available)
+    if pieces is None:
         raise UserError(f"{name!r} has no split {split!r}; it has {', '.join(available)}: choose one with {option}")
-    return names
+    return pieces
+
+
+def _pieces_of_stream(split: str, available: Splits, name: str) -> list[Piece]:
+    pieces = _existing_pieces(split, "train_split", available, name)
+    if sliced := [str(piece) for piece in pieces if piece.rows]:
+        raise UserError(
+            f"train_split is {sliced[0]!r}, and a stream is read whole: name whole splits, limit them with "
+            "max_train_samples, or use streaming: false"
+        )
+    return pieces
+
+
+def _nothing_else_to_evaluate_on(used: Mapping[str, str], available: Splits) -> bool:
+    """Whether the default evaluation split is missing, or is trained on as a whole."""
+    pieces = _pieces(used["eval"], available)
+    return pieces is None or set(pieces) <= set(_pieces(used["train"], available) or ())
+
+
+def _check_hold_out(streams: bool, fraction: float, splits: Sequence[str], used: Mapping[str, str], name: str) -> None:
+    if streams and "train" in splits:
+        raise UserError(
+            f"{name!r} has no split to evaluate on beside {used['train']!r}, and of a stream no images are held out: "
+            "set eval_split to a split or to a slice, such as eval_split: train[-5%:], or use streaming: false"
+        )
+    if fraction == 0 and "eval" in splits and "train" not in splits:
+        raise UserError(
+            f"{name!r} has no split to evaluate on, and eval_fraction is 0: set eval_split, or leave out eval_fraction"
+        )
+
+
+class _Span(NamedTuple):
+    """Rows of a split: `location` identifies the split, `end` is None for a stream, which is read to its end."""
+
+    location: tuple[str, ...] | str
+    start: int
+    end: int | None
 
 
 def _load_split(
-    available: Splits,
+    source: Source,
     split: str,
     option: str,
     *,
     name: str,
     columns: tuple[str | None, str | None],
     entry: RegisteredDataset | None,
-) -> datasets.Dataset:
-    parts = [
-        _with_two_columns(available[part](), columns, entry, name) for part in _names(split, option, available, name)
-    ]
+) -> tuple[datasets.Dataset, list[_Span]]:
+    parts, spans = [], []
+    for piece in _existing_pieces(split, option, source.splits, name):
+        rows = _with_two_columns(source.splits[piece.split](), columns, entry, name)
+        start, end = _bounds(piece, len(rows), option)
+        parts.append(rows.select(range(start, end)) if piece.rows else rows)
+        location = source.locations.get(piece.split)
+        spans.append(_Span(tuple(map(os.path.realpath, location)) if location else piece.split, start, end))
     for i, part in enumerate(parts[1:], 1):
         if all(isinstance(rows.features["label"], datasets.ClassLabel) for rows in (parts[0], part)):
             parts[i] = _in_the_order_of(_class_names(parts[0]), part, name, (str(parts[0].split), str(part.split)))
@@ -454,7 +649,38 @@ def _load_split(
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     if len(rows) == 0:
         raise UserError(f"{name!r}: the split {split!r} holds no images; check the path and {option}")
-    return rows
+    return rows, spans
+
+
+def _bounds(piece: Piece, num_images: int, option: str) -> tuple[int, int]:
+    """Return the first row of a slice and the row after its last one."""
+    try:
+        (rows,) = datasets.ReadInstruction.from_spec(f"all{piece.rows}").to_absolute({"all": num_images})
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            f"{option} has the slice {str(piece)!r}, which cannot be read ({first_line(error)}); expected one such as "
+            f"{piece.split}[:80%], {piece.split}[100:200] or {piece.split}[-20%:]"
+        ) from error
+    return rows.from_, max(rows.from_, rows.to)
+
+
+def _warn_of_shared_images(spans: Mapping[str, Sequence[_Span]], used: Mapping[str, str], num_eval: int) -> int:
+    """Count the evaluation images that are training images too, and warn if there are any."""
+    shared = 0
+    for held_out in spans["eval"]:
+        rows = np.zeros((held_out.end or 0) - held_out.start, bool)
+        for trained in spans["train"]:
+            if trained.location == held_out.location:
+                first = max(trained.start - held_out.start, 0)
+                rows[first : None if trained.end is None else max(trained.end - held_out.start, 0)] = True
+        shared += int(rows.sum())
+    if shared:
+        logger.warning(
+            "%d of the %d evaluation images are training images too (train_split %s, eval_split %s): their accuracy "
+            "says nothing about new images. Leave eval_split unset, or choose splits or slices without common images",
+            *(shared, num_eval, used["train"], used["eval"]),
+        )
+    return shared
 
 
 def _choose_column(
@@ -540,6 +766,40 @@ def _class_names(rows: datasets.Dataset) -> list[str]:
     return (label.feature if isinstance(label, datasets.List) else label).names
 
 
+def count_by_class(rows: Any, num_classes: int) -> np.ndarray | None:
+    """Count the images of each class, `(classes,)`; None for a stream and for lists of labels, which nobody counts."""
+    if isinstance(rows, StreamedImages) or isinstance(rows.features["label"], datasets.List):
+        return None
+    labels = np.asarray(rows.with_format("numpy")["label"][:])
+    return np.bincount(labels[(labels >= 0) & (labels < num_classes)], minlength=num_classes)
+
+
+def _check_number_of_classes(rows: Any, name: str, split: str) -> None:
+    names = _class_names(rows)
+    counts = count_by_class(rows, len(names))
+    found = names if counts is None else [label for label, count in zip(names, counts, strict=True) if count]
+    if len(found) < 2:
+        raise UserError(
+            f"{name!r}: {len(found)} class found in {split}: {some_of([repr(label) for label in found])}; "
+            "at least 2 are needed. In a directory expected train/<class>/<image>.jpg with a folder for each class"
+        )
+
+
+def _warn_of_classes_not_trained(chosen: Mapping[str, Any], used: Mapping[str, str]) -> None:
+    if "train" not in chosen or "eval" not in chosen:
+        return
+    names = _class_names(chosen["train"])
+    train, held_out = (count_by_class(chosen[part], len(names)) for part in ("train", "eval"))
+    if train is None or held_out is None:
+        return
+    if missing := [label for label, a, b in zip(names, train, held_out, strict=True) if b and not a]:
+        logger.warning(
+            "%d classes of %s have no image in %s, such as %s: the model cannot learn them. A slice of images that "
+            "are sorted by class leaves classes out; eval_fraction holds out images of every class",
+            *(len(missing), used["eval"], used["train"], some_of([repr(label) for label in missing])),
+        )
+
+
 def _values_of_classes(
     rows: datasets.Dataset, entry: RegisteredDataset | None, name: str
 ) -> tuple[list, Sequence[str]]:
@@ -547,21 +807,39 @@ def _values_of_classes(
     if not isinstance(rows.features["label"], datasets.Value):
         return _class_names(rows), _class_names(rows)
     values = rows.unique("label")
-    if None in values:
-        raise UserError(
-            f"{name!r} has images without a label in the split {rows.split}; remove these images from the dataset"
-        )
+    _refuse_labels_without_meaning(values, rows, name)
     if all(isinstance(value, int) for value in values):
-        if entry is not None and min(values) >= 0 and max(values) < entry.num_classes:
+        if entry is not None and max(values) < entry.num_classes:
             return list(range(entry.num_classes)), entry.class_names or list(map(str, range(entry.num_classes)))
         values = sorted(values)
-    elif all(isinstance(value, str) for value in values):
-        values = sort_classes(values)
     else:
-        raise UserError(
-            f"{name!r}: the labels are of the type {rows.features['label'].dtype}; expected whole numbers or words"
-        )
+        values = sort_classes(values)
     return values, list(map(str, values))
+
+
+def _refuse_labels_without_meaning(values: Sequence, rows: datasets.Dataset, name: str) -> None:
+    """Refuse what is no class number and no word, naming the first image that has it."""
+
+    def refuse(value: Any, why: str) -> None:
+        column = rows.with_format("arrow")["label"][:].combine_chunks()
+        number = pc.index(pc.is_null(column), True) if value is None else pc.index(column, value)
+        raise UserError(f"{name!r}: image number {number} of the split {rows.split} has the label {value!r}, {why}")
+
+    for value in values:
+        if value is None or (isinstance(value, str) and not value.strip()):
+            refuse(value, "which is none; remove the images without a label from the dataset, or label them")
+        if isinstance(value, int) and value < 0:
+            refuse(
+                value,
+                "and a negative number usually means that there is none; remove these images, or number the "
+                "classes from 0",
+            )
+        if not isinstance(value, (int, str)):
+            refuse(
+                value,
+                f"of the type {rows.features['label'].dtype}; expected whole numbers or words: store the "
+                "names of the classes, or set label_column to another column",
+            )
 
 
 def _in_the_order_of(names: list[str], rows: datasets.Dataset, name: str, splits: tuple[str, str]) -> datasets.Dataset:

@@ -26,7 +26,7 @@ from ..augmentation.transforms import (
 )
 from ..errors import UserError
 from .decoding import DamagedImage, Part, decode_image
-from .loading import load_image_dataset
+from .loading import LoadedImages, load_image_dataset
 
 
 # If this many images in a row are damaged, the dataset itself is taken to be wrong.
@@ -205,15 +205,17 @@ class LoadedViews(NamedTuple):
 
     Attributes:
         train: augmented views of the training images.
-        eval: plain views of the evaluation images.
+        eval: plain views of the evaluation images; None if there is nothing to evaluate on.
         id2label: class names by number.
         processor: image processor that turns an image into an evaluation view, for the model's repository.
+        images: the images themselves, and where they come from.
     """
 
     train: TrainViews
-    eval: EvalViews
+    eval: EvalViews | None
     id2label: dict[int, str]
     processor: DeiTImageProcessor
+    images: LoadedImages
 
 
 def load_views(data_args: DataArguments, *, seed: int = 42, **transform_options) -> LoadedViews:
@@ -231,4 +233,5 @@ def load_views(data_args: DataArguments, *, seed: int = 42, **transform_options)
     train = TrainViews(images["train"], build_train_transform(data_args.image_size, **transform_options), seed)
     transform = build_eval_transform(data_args.image_size, crop_ratio=data_args.crop_ratio)
     id2label = dict(enumerate(images["train"].features["label"].names))
-    return LoadedViews(train, EvalViews(images["eval"], transform), id2label, build_image_processor(transform))
+    held_out = EvalViews(images["eval"], transform) if "eval" in images else None
+    return LoadedViews(train, held_out, id2label, build_image_processor(transform), images)

@@ -86,7 +86,12 @@ def evaluation_result(classifier: Classifier, predictions: Predictions, seconds:
 
 
 def evaluation_report(
-    args: EvaluationArguments, results: Sequence[dict], *, num_classes: int, command: Sequence[str]
+    args: EvaluationArguments,
+    results: Sequence[dict],
+    *,
+    num_classes: int,
+    command: Sequence[str],
+    held_out: tuple[int, int] | None = None,
 ) -> dict:
     """Everything that repeats and explains a call of run_eval.py, ready for JSON.
 
@@ -95,12 +100,13 @@ def evaluation_report(
         results: from [`evaluation_result`].
         num_classes: number of classes of the dataset.
         command: words of the command line, the script first.
+        held_out: number of images that were held out of the training images, and of how many; None for other splits.
     """
     state = current_process()
     device: Any = state.device
     return {
         "command": shlex.join(map(str, command)),
-        "dataset": args.loading() | {"classes": num_classes},
+        "dataset": args.loading() | {"classes": num_classes, "held_out": held_out},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "processes": state.num_processes,
         "batch_size": args.batch_size,
@@ -114,6 +120,8 @@ def evaluation_table(report: dict, heads: Sequence[str] = HEADS) -> str:
     """The report as Markdown: a row for each model and head in `heads`. An only head is always shown."""
     results = report["results"]
     counted = f"{results[0]['images']:,} images of {report['dataset']['name']}"
+    if report["dataset"].get("held_out"):
+        counted += ", held out of {1:,} training images ({0:,} in all)".format(*report["dataset"]["held_out"])
     if without := results[0]["images_without_label"]:
         counted += f", {without:,} of them without a label and not counted"
     lines = [f"{counted}; accuracy in percent, loss in nats", ""]

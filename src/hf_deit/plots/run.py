@@ -49,6 +49,7 @@ def plot_run(
     path: str | os.PathLike,
     teacher_top1: float | None = None,
     title: str | None = None,
+    held_out: bool = False,
 ) -> None:
     """Draw the parts of the loss, the learning rate and the top-1 of the heads over the epochs, side by side.
 
@@ -58,6 +59,7 @@ def plot_run(
         path: the file to write; its suffix selects the format (`report.png`). Missing folders are created.
         teacher_top1: fraction in [0, 1], drawn as a horizontal line in the panel of the heads.
         title: one line above the panels.
+        held_out: whether none of the evaluation images is known to be a training image; the panel then says so.
 
     Raises:
         ValueError: if `teacher_top1` is not a fraction.
@@ -73,7 +75,14 @@ def plot_run(
     _draw(losses, log_history, LOSSES, title="Losses", unit="nats")
     _draw(rates, log_history, RATES, title="Learning rate", unit="")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    _draw(accuracies, log_history, ACCURACIES, title="Held-out accuracy", unit="top-1 (%)", percent=True)
+    _draw(
+        accuracies,
+        log_history,
+        ACCURACIES,
+        title="Held-out accuracy" if held_out else "Accuracy",
+        unit="top-1 (%)",
+        percent=True,
+    )
     if teacher_top1 is not None:
         level = 100 * teacher_top1
         accuracies.axhline(level, color=TEACHER, linestyle=":", linewidth=2, label=f"teacher  {level:.1f} %")

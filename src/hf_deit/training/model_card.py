@@ -54,6 +54,9 @@ class CardFacts:
         dataset_id: Hub id of the dataset, if it has one.
         dataset_terms: terms of the dataset's makers, in a few words.
         eval_split: name of the evaluation split, if it has one.
+        held_out: whether none of the evaluation images is known to be a training image.
+        trained_on: evaluation images that are training images too.
+        data: sentences about the images, see [`DatasetSummary.sentences`].
         distillation_type: as in `DistillationConfig`.
         teacher: specs of the teachers, joined by " + ".
         teacher_sha256: fingerprint of the teacher's weights, 16 hexadecimal digits.
@@ -85,6 +88,9 @@ class CardFacts:
     dataset_id: str | None = None
     dataset_terms: str | None = None
     eval_split: str | None = None
+    held_out: bool = False
+    trained_on: int = 0
+    data: Sequence[str] = ()
     num_train_images: int
     num_eval_images: int
     bad_images: int = 0
@@ -116,6 +122,7 @@ def build_model_card(facts: CardFacts) -> ModelCard:
         teacher=as_text(public_name(facts.teacher)),
         base_model=as_text(public_name(facts.base_model)),
         fused_unlike_stock=facts.head_fusion not in (None, "logits"),
+        data=list(map(as_text, facts.data)),
         loss=LOSSES[facts.distillation_type],
         settings={as_text(name): tuple(map(_shown, values)) for name, values in facts.settings.items()},
         command=command,

@@ -17,10 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import auth_check
+from transformers import TrainerCallback
 
 from .. import __version__
 from ..arguments import DataArguments
 from ..data.registry import REGISTRY
+from ..data.summary import DatasetSummary
 from ..errors import UserError
 from ..models.configuration_deit import DeiTConfig
 from ..teachers.teacher_outputs import TeacherOutputs
@@ -37,6 +39,7 @@ class PublishingTrainer(ResumableTrainer):
 
     Args:
         data_args: names of the dataset and its splits, for the card.
+        summary: what was found in the dataset, for the card and dataset.json; needed on the main process only.
         command: command line that started the run, as separate arguments.
         *args, **kwargs: as for `Trainer`.
 
@@ -47,8 +50,18 @@ class PublishingTrainer(ResumableTrainer):
         num_model_parameters: number of parameters, counted before they are sharded.
     """
 
-    def __init__(self, *args, data_args: DataArguments | None = None, command: Sequence[str] = (), **kwargs):
+    def __init__(
+        self,
+        *args,
+        data_args: DataArguments | None = None,
+        summary: DatasetSummary | None = None,
+        command: Sequence[str] = (),
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.summary = summary
+        if summary is not None:
+            self.add_callback(DatasetFile(summary))
         self.data_args = data_args or DataArguments(dataset_name=None)  # pyright: ignore[reportArgumentType]
         self.command = command
         self.teacher: TeacherOutputs | None = None
@@ -99,7 +112,7 @@ class PublishingTrainer(ResumableTrainer):
             dataset=data.dataset_name,
             dataset_id=registered.hub_id if registered else hub_id(data.dataset_name),
             dataset_terms=registered.licence if registered else None,
-            eval_split=data.eval_split or (registered.eval_split if registered else None),
+            **self._facts_of_evaluation_images(),
             num_train_images=len(self.train_dataset or ()),
             num_eval_images=len(self.eval_dataset or ()),
             bad_images=len(self.bad_images) if self.train_dataset is not None else 0,
@@ -116,6 +129,19 @@ class PublishingTrainer(ResumableTrainer):
             versions={"hf_deit": __version__, "Python": platform.python_version()}
             | {name: version(name) for name in ("torch", "transformers", "timm", "datasets", "albumentations")},
         )
+
+    def _facts_of_evaluation_images(self) -> dict:
+        data, summary = self.data_args, self.summary
+        registered = REGISTRY.get(data.dataset_name)
+        if summary is None:
+            return {"eval_split": data.eval_split or (registered.eval_split if registered else None)}
+        part = summary.parts.get("eval")
+        return {
+            "eval_split": part.splits if part is not None else None,
+            "held_out": summary.evaluates_on_new_images,
+            "trained_on": summary.trained_on or summary.identical or 0,
+            "data": summary.sentences(),
+        }
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository and check write access to it, before hours are spent on training."""
@@ -180,6 +206,16 @@ def _settings_that_differ(args: DistillationConfig, config) -> dict[str, tuple[o
     if isinstance(config, DeiTConfig):
         values["drop_path_rate"] = (config.drop_path_rate, DeiTConfig.drop_path_rate)
     return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+
+class DatasetFile(TrainerCallback):
+    """Writes dataset.json when training begins: by then, everything that could refuse the run has agreed to it."""
+
+    def __init__(self, summary: DatasetSummary):
+        self.summary = summary
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.summary.write(args.output_dir)
 
 
 class UnpickledToken(str):

@@ -35,20 +35,25 @@ def train_and_save(trainer: DistillationTrainer) -> dict[str, float]:
     if trainer.bad_images:
         train_metrics["bad_images"] = len(trainer.bad_images)
     trainer.save_metrics("train", train_metrics)
-    metrics = trainer.evaluate()
-    if trainer.teacher is not None and trainer.teacher.classifier is not None:
+    evaluates = trainer.eval_dataset is not None
+    metrics = trainer.evaluate() if evaluates else {}
+    if evaluates and trainer.teacher is not None and trainer.teacher.classifier is not None:
         metrics |= trainer.evaluate_teacher()
-    trainer.save_metrics("eval", metrics)
+    if evaluates:
+        trainer.save_metrics("eval", metrics)
+    held_out = trainer.summary is not None and trainer.summary.evaluates_on_new_images
     if trainer.is_world_process_zero():
         trainer.create_model_card()
         plot_run(
             trainer.state.log_history,
             Path(trainer.args.output_dir, "report.png"),
             teacher_top1=metrics.get("teacher_top1"),
+            held_out=held_out,
         )
     trainer.save_state()  # last: trainer_state.json marks the run as finished
     if trainer.is_world_process_zero():
-        print(accuracy_table(metrics), f"All files of the run are in {trainer.args.output_dir}", sep="\n", flush=True)
+        table = accuracy_table(metrics, held_out) if metrics else "nothing was evaluated"
+        print(table, f"All files of the run are in {trainer.args.output_dir}", sep="\n", flush=True)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()  # a launcher ends all processes soon after the first one ends
@@ -79,8 +84,12 @@ def banner(trainer: DistillationTrainer) -> str:
     )
 
 
-def accuracy_table(metrics: dict[str, float]) -> str:
-    """Return a table of the held-out accuracy of each head and, if there is one, of the teacher."""
+def accuracy_table(metrics: dict[str, float], held_out: bool = False) -> str:
+    """Return a table of the accuracy of each head and, if there is one, of the teacher.
+
+    Args:
+        held_out: whether none of the evaluation images is known to be a training image.
+    """
     rows = {
         "class head": "eval_class",
         "distillation head": "eval_distillation",
@@ -89,7 +98,8 @@ def accuracy_table(metrics: dict[str, float]) -> str:
     }
     if "eval_class_top1" not in metrics:
         rows["model"] = rows.pop("fused")
-    lines = [f"{'held-out accuracy':<18}{'top-1':>8}{'top-5':>8}"]
+    title = "held-out accuracy" if held_out else "accuracy"
+    lines = [f"{title:<18}{'top-1':>8}{'top-5':>8}"]
     for title, prefix in rows.items():
         if f"{prefix}_top1" in metrics:
             lines.append(f"{title:<18}{metrics[f'{prefix}_top1']:>8.4f}{metrics[f'{prefix}_top5']:>8.4f}")
