@@ -34,7 +34,7 @@ INSTALL = [
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 TENSORBOARD = ["tensorboard"]
 HEIF = ["pillow-heif"]  # photos of iPhones
-DEV = [*EXPORT, *TENSORBOARD, "parameterized", "pyright[nodejs]", "pytest", "pytest-xdist", "ruff"]
+DEV = [*EXPORT, *TENSORBOARD, "hypothesis", "parameterized", "pyright[nodejs]", "pytest", "pytest-xdist", "ruff"]
 
 setup(
     name="hf_deit",

@@ -5,14 +5,14 @@
 makes empty files `<class>/<number>.jpg` in a temporary directory, which is removed afterwards, and finds them in turn,
 each time in a fresh process:
 
-- hf_deit: `read_image_folders` after `find_image_folders`, and the whole of `load_image_dataset` (the table of paths and
-  labels, the images held out for evaluation, the checks of the classes);
+- hf_deit: `read_image_folders` after `find_image_folders`, and the whole of `load_image_dataset` (the table of paths
+  and labels, the images held out for evaluation, the checks of the classes);
 - torchvision: `ImageFolder(directory)`;
-- datasets: `load_dataset("imagefolder", data_dir=directory)`, which resolves the files and writes their paths and labels
-  to its cache.
+- datasets: `load_dataset("imagefolder", data_dir=directory)`, which resolves the files and writes their paths and
+  labels to its cache.
 
-None of them opens a file: a suffix is enough for all three. Seconds are those of the call, imports aside; memory is the
-peak of the process beyond what it had before the call.
+None of them opens a file: a suffix is enough for all three. Seconds are those of the call, imports aside; memory is
+the peak of the process beyond what it had before the call.
 """
 
 import argparse

@@ -7,11 +7,13 @@ import tarfile
 from dataclasses import replace
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
 from hf_deit import load_image_dataset
 from hf_deit.data.decoding import decode_image
+from hf_deit.data.loading import hold_out
 from hf_deit.data.registry import REGISTRY
 
 
@@ -153,11 +155,35 @@ def test_a_class_nobody_trains_on_is_refused(tmp_path, picture):
 
 @pytest.mark.parametrize(
     "labels, message",
-    [([0, None], "has images without a label in the split train"), ([0.5, 1.5], "labels are of the type float")],
+    [
+        ([0, None], "image number 1 of the split train has the label None, which is none"),
+        (["a", "b", None], "image number 2 of the split train has the label None, which is none"),
+        (["a", "", "b"], "image number 1 of the split train has the label '', which is none"),
+        (["a", "b", " "], "image number 2 of the split train has the label ' ', which is none"),
+        ([0.5, 1.5], "image number 0 .* has the label 0.5, of the type float64; expected whole numbers or words"),
+        ([0, 1, -1], "image number 2 .* has the label -1, and a negative number usually means that there is none"),
+        ([b"cat", b"dog"], "image number 0 .* has the label b'cat', of the type binary"),
+    ],
 )
-def test_labels_that_are_none_are_refused(tmp_path, picture, labels, message):
+def test_labels_that_are_none_are_refused_with_the_first_row(tmp_path, picture, labels, message):
     with pytest.raises(ValueError, match=message):
         load_image_dataset(write_parquet(tmp_path, picture, {"train": labels, "test": labels}))
+
+
+def test_labels_are_kept_as_they_are(tmp_path, picture):
+    for number, (labels, names) in enumerate(
+        [
+            ([True, False], ["False", "True"]),
+            (["it is a cat", "dog "], ["dog ", "it is a cat"]),
+            (["10", "9"], ["9", "10"]),
+            ([3, 2**40], ["3", str(2**40)]),
+        ]
+    ):
+        path = write_parquet(tmp_path / str(number), picture, {"train": labels, "test": labels})
+        images = load_image_dataset(path)
+        for rows in images.values():
+            assert [rows.features["label"].names[label] for label in rows["label"]] == list(map(str, labels))
+        assert images["train"].features["label"].names == names
 
 
 def test_a_registered_set_has_all_its_classes_whatever_is_seen(tmp_path, picture):
@@ -538,3 +564,176 @@ def test_a_missing_shard_is_one_warning(tmp_path, caplog):
     assert len(images["train"]) == 4
     (warning,) = (record.getMessage() for record in caplog.records if "missing" in record.getMessage())
     assert warning.startswith("1 of 3 shard files are missing, such as ") and "train-00001-of-00003.parquet" in warning
+
+
+# What is evaluated on
+
+
+def write_split(root, picture, split, counts):
+    """`counts` is `{class: images}`; each image has a colour of its own."""
+    for number, (name, count) in enumerate(counts.items()):
+        (root / split / name).mkdir(parents=True)
+        for image in range(count):
+            (root / split / name / f"{image:03d}.png").write_bytes(picture((number, image, len(split))))
+
+
+def paths(rows):
+    return [row["image"]["path"] for row in rows]
+
+
+def test_without_a_split_to_evaluate_on_a_share_of_each_class_is_held_out(tmp_path, picture):
+    counts = {"a": 40, "b": 10, "c": 3, "d": 2, "e": 1}
+    write_split(tmp_path, picture, "train", counts)
+    images = load_image_dataset(str(tmp_path))
+    assert images.held_out == (len(images["eval"]), 56)
+    assert not set(paths(images["train"])) & set(paths(images["eval"]))
+    assert len(images["train"]) + len(images["eval"]) == 56
+    held_out = [images["eval"]["label"][:].count(label) for label in range(5)]
+    assert held_out == [6, 2, 1, 1, 0]  # 15 %, at least one, and one stays to train on
+    # the same for every subset, every part and every call
+    for options in ({"max_train_samples": 5}, {"splits": ("eval",)}, {"eval_fraction": 0.15}):
+        assert paths(load_image_dataset(str(tmp_path), **options)["eval"]) == paths(images["eval"])
+    assert paths(load_image_dataset(str(tmp_path), splits=("train",))["train"]) == paths(images["train"])
+    assert [len(rows) for rows in load_image_dataset(str(tmp_path), eval_fraction=0.5).values()] == [28, 28]
+    assert list(load_image_dataset(str(tmp_path), eval_fraction=0)) == ["train"]
+
+
+def test_held_out_images_are_drawn_at_random():
+    labels = np.repeat(np.arange(4), 100)
+    kept, first = hold_out(labels, 0.2)
+    assert sorted([*kept, *first]) == list(range(400)) and np.bincount(labels[first]).tolist() == [20] * 4
+    assert not np.array_equal(first, hold_out(labels, 0.2, seed=1)[1])
+    assert 30 < np.mean(first % 100) < 70  # neither the first nor the last of each class
+    shuffled = np.random.default_rng(0).permutation(labels)
+    assert np.bincount(shuffled[hold_out(shuffled, 0.2)[1]]).tolist() == [20] * 4
+
+
+def test_parquet_files_without_a_test_split_hold_out_too(tmp_path, picture):
+    path = write_parquet(tmp_path, picture, {"train": ["dog", "cat"] * 10})
+    images = load_image_dataset(path)
+    assert [len(rows) for rows in images.values()] == [16, 4] and images["eval"]["label"][:].count(0) == 2
+    with pytest.raises(ValueError, match="of a stream no images are held out: set eval_split"):
+        load_image_dataset(path, streaming=True)
+
+
+@pytest.mark.parametrize(
+    "fraction, message", [(1, "at least 0 and below 1"), (-0.1, "eval_fraction"), (float("nan"), "eval_fraction")]
+)
+def test_an_impossible_share_is_refused(fraction, message):
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset("digits", eval_fraction=fraction)
+
+
+def test_nothing_to_hold_out_or_to_evaluate_on_is_refused(tmp_path, picture):
+    write_split(tmp_path, picture, "train", {"a": 1, "b": 1})
+    with pytest.raises(ValueError, match="no class of train has two images"):
+        load_image_dataset(str(tmp_path))
+    with pytest.raises(ValueError, match="no split to evaluate on, and eval_fraction is 0"):
+        load_image_dataset(str(tmp_path), eval_fraction=0, splits=("eval",))
+
+
+def test_a_split_that_is_trained_on_is_not_evaluated_on_by_default(tmp_path, picture):
+    write_split(tmp_path, picture, "validation", {"a": 10, "b": 10})
+    images = load_image_dataset(str(tmp_path), train_split="validation")
+    assert images.held_out == (4, 20) and not set(paths(images["train"])) & set(paths(images["eval"]))
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        ("[:80%]", range(0, 16)),
+        ("[80%:]", range(16, 20)),
+        ("[5:12]", range(5, 12)),
+        ("[-20%:]", range(16, 20)),
+        ("[:-3]", range(0, 17)),
+        ("[3:50]", range(3, 20)),
+        ("", range(0, 20)),
+    ],
+)
+@pytest.mark.parametrize("name", ["train", "Train", "TRAIN "])
+def test_slices_are_those_of_the_datasets_library(tmp_path, picture, rows, expected, name):
+    path = write_parquet(tmp_path, picture, {"train": [0, 1] * 10, "test": [0, 1]})
+    whole = datasets.load_dataset("parquet", data_files={"train": f"{path}/train.parquet"}, split=f"train{rows}")
+    images = load_image_dataset(path, train_split=name + rows)
+    assert len(images["train"]) == len(whole) == len(expected)
+    assert images["train"]["label"][:] == whole["label"][:] == [number % 2 for number in expected]
+    assert images.splits["train"] == f"train{rows}"
+
+
+def test_slices_can_be_joined_and_divide_a_split(tmp_path, picture):
+    write_split(tmp_path, picture, "train", {"a": 10, "b": 10})
+    images = load_image_dataset(str(tmp_path), train_split="train[:5] + train[10:15]", eval_split="train[-5:]")
+    assert [len(rows) for rows in images.values()] == [10, 5] and images.trained_on == 0
+    assert len(set(paths(images["train"])) | set(paths(images["eval"]))) == 15
+    assert not images.unread.paths
+
+
+@pytest.mark.parametrize("split", ["train[a:b]", "train[:80%](upwards)", "train[1:2", "train[:200%]", "train[]"])
+def test_a_slice_that_is_none_is_refused(split):
+    with pytest.raises(ValueError, match=r"train_split|has no split"):
+        load_image_dataset("digits", train_split=split)
+    with pytest.raises(ValueError, match="holds no images"):
+        load_image_dataset("digits", train_split="train[5:5]")
+
+
+def test_a_stream_is_not_sliced(tmp_path, picture):
+    parquet_set(tmp_path, picture, [0, 1, 1, 0, 1], datasets.ClassLabel(names=["a", "b"]))
+    with pytest.raises(ValueError, match="train_split is 'train.:3.', and a stream is read whole"):
+        load_image_dataset(str(tmp_path), streaming=True, train_split="train[:3]")
+    images = load_image_dataset(str(tmp_path), streaming=True, eval_split="train[1:3]")
+    assert images.trained_on == len(images["eval"]) == 2
+
+
+@pytest.mark.parametrize(
+    "options, shared",
+    [
+        ({"eval_split": "train"}, 20),
+        ({"eval_split": "Train"}, 20),
+        ({"train_split": "train[:80%]", "eval_split": "train[60%:]"}, 4),
+        ({"train_split": "train+test", "eval_split": "test"}, 4),
+        ({"train_split": "train[:80%]", "eval_split": "train[80%:]"}, 0),
+        ({}, 0),
+    ],
+)
+def test_evaluating_on_training_images_is_one_warning(tmp_path, picture, caplog, options, shared):
+    path = write_parquet(tmp_path, picture, {"train": [0, 1] * 10, "test": [0, 1] * 2})
+    images = load_image_dataset(path, **options)
+    assert images.trained_on == shared
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == bool(shared)
+    if shared:
+        assert f"{shared} of the {len(images['eval'])} evaluation images are training images too" in messages[0]
+
+
+def test_one_directory_under_two_names_is_the_same_images(tmp_path, picture, caplog):
+    write_split(tmp_path, picture, "train", {"a": 3, "b": 3})
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    assert load_image_dataset(str(tmp_path)).trained_on == 6
+    assert "6 of the 6 evaluation images are training images too" in caplog.text
+
+
+def test_classes_left_out_by_a_slice_are_one_warning(tmp_path, picture, caplog):
+    write_split(tmp_path, picture, "train", {"a": 10, "b": 10, "c": 10})
+    load_image_dataset(str(tmp_path), train_split="train[:60%]", eval_split="train[60%:]")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "1 classes of train[60%:] have no image in train[:60%], such as 'c'" in message
+
+
+def test_one_class_with_images_is_refused_whatever_the_names(tmp_path, picture):
+    write_named(tmp_path / "train.parquet", picture, ["a", "b", "c"], [1, 1])
+    write_named(tmp_path / "test.parquet", picture, ["a", "b", "c"], [0, 1])
+    with pytest.raises(ValueError, match="1 class found in train: 'b'; at least 2 are needed"):
+        load_image_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[x-z]*", "b?", "{c}"])
+def test_files_and_classes_named_like_patterns_are_themselves(tmp_path, picture, name):
+    for split in ("train", "val"):
+        write_split(tmp_path, picture, split, {name: 2, "plain": 2})
+        (tmp_path / split / name / "pic[1]*?.png").write_bytes(picture())
+    images = load_image_dataset(str(tmp_path))
+    assert sorted(images["train"].features["label"].names) == sorted([name, "plain"])
+    assert [len(rows) for rows in images.values()] == [5, 5]
+    path = write_parquet(tmp_path / "shards", picture, {"x" + name.replace("-", ""): [0, 1, 0], "test": [0, 1]})
+    images = load_image_dataset(path, train_split="x" + name.replace("-", ""))
+    assert [len(rows) for rows in images.values()] == [3, 2]

@@ -172,3 +172,16 @@ def test_the_settings_of_a_card_are_those_that_differ_and_none_of_the_machine(tm
     assert named == expected | {"drop_path_rate": (0.3, 0.1)}
     known = {item.name for item in fields(DistillationConfig)}
     assert known >= STATED_OTHERWISE
+
+
+def test_the_images_have_a_section_whose_names_are_plain_text():
+    text = build_model_card(DISTILLED).text
+    section = text.partition("## Dataset\n")[2].partition("## Training")[0].strip().splitlines()
+    assert section == ["- Trained on 50,000 images of the split 'train'", r"- Evaluated on \[link\](x) \<b\>"]
+    assert "## Dataset" not in build_model_card(replace(DISTILLED, data=())).text
+
+
+def test_images_that_are_trained_on_are_not_called_held_out():
+    text = build_model_card(replace(DISTILLED, held_out=False, trained_on=1_200)).text
+    assert "held-out" not in text.lower()
+    assert "10,000 images (`test`), each counted once; 1,200 of them are training images too" in text

@@ -35,3 +35,9 @@ def test_the_table_has_a_row_for_what_was_measured(heads):
     rows = [line.rsplit(maxsplit=2) for line in accuracy_table(metrics).splitlines()[1:]]
     expected = [["class head", "0.2500", "0.5000"], ["fused", "0.5000", "0.7500"], ["teacher", "1.0000", "1.0000"]]
     assert rows == (expected if heads else [["model", "0.5000", "0.7500"]])
+
+
+def test_accuracy_is_called_held_out_only_where_that_is_known():
+    metrics = {"eval_top1": 0.5, "eval_top5": 0.75}
+    assert accuracy_table(metrics, held_out=True).startswith("held-out accuracy ")
+    assert "held" not in accuracy_table(metrics)

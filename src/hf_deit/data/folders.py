@@ -186,7 +186,7 @@ def _wrapped(folder: Path) -> Path | None:
     """Return the only folder in `folder` that holds files, if it holds folders of images; None otherwise."""
     holding = (Path(entry.path) for entry in _folders(folder) if _holds_files(entry.path))
     inner = list(itertools.islice(holding, 2))  # a directory may hold thousands of classes
-    if len(inner) != 1 or any(_loose_images(folder)) or any(_loose_images(inner[0])):
+    if len(inner) != 1 or any(_loose_images(inner[0])):
         return None
     return inner[0] if any(_has_image(entry.path) for entry in _folders(inner[0])) else None
 

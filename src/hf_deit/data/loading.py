@@ -234,7 +234,7 @@ def load_image_dataset(
     images.unread = unread
     if holds_out and eval_fraction > 0:
         whole = chosen["train"]
-        kept, held_out = hold_out(np.asarray(whole.with_format("numpy")["label"][:]), eval_fraction, seed)
+        kept, held_out = hold_out(_labels_of(whole), eval_fraction, seed)
         if not len(held_out):
             raise UserError(
                 f"{name!r} has no split to evaluate on, and no class of {used['train']} has two images, so that none "
@@ -477,9 +477,11 @@ def _from_shards(kind: str, split: str, paths: list[str]) -> datasets.Dataset:
     if kind == "parquet":
         with ThreadPoolExecutor(16) as threads:
             _check_class_names_of_shards(paths, list(threads.map(_schema_or_none, paths)))
+    known_as = split if re.fullmatch(r"\w+(\.\w+)*", split) else "images"  # datasets accepts no other names of splits
     try:
         # datasets takes a path for a pattern
-        rows = datasets.load_dataset(kind, data_files={split: [glob.escape(path) for path in paths]}, split=split)
+        files = {known_as: [glob.escape(path) for path in paths]}
+        rows = datasets.load_dataset(kind, data_files=files, split=known_as)
     except Exception as error:  # datasets, pyarrow and JSON each raise their own type for damaged files
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{paths[0]!r} or another shard of the split {split!r} cannot be read: {reason}") from error
@@ -527,7 +529,13 @@ def _from_lists(
     columns = (found.images, nothing) if in_memory else (nothing, list(map(storable_path, found.images)))
     image = pa.StructArray.from_arrays([pa.array(column) for column in columns], ["bytes", "path"])
     features = datasets.Features({"image": datasets.Image(decode=False), "label": label})
-    return datasets.Dataset.from_dict({"image": image, "label": found.labels}, features, split=split)
+    # Dataset.from_dict would encode every label by itself, which takes longer than listing the files
+    table = pa.Table.from_arrays([image, pa.array(found.labels)], schema=features.arrow_schema)
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(table),
+        info=datasets.DatasetInfo(features=features),
+        split=datasets.NamedSplit(split),
+    )
 
 
 # --- splits and columns ------------------------------------------------------------------------------------------
@@ -766,11 +774,17 @@ def _class_names(rows: datasets.Dataset) -> list[str]:
     return (label.feature if isinstance(label, datasets.List) else label).names
 
 
+def _labels_of(rows: datasets.Dataset) -> np.ndarray:
+    """Return the labels as `(images,)` int64; `rows["label"]` of a subset would slice the table image by image."""
+    labels = rows.data.column("label").to_numpy()
+    return labels if rows._indices is None else labels[rows._indices.column(0).to_numpy()]
+
+
 def count_by_class(rows: Any, num_classes: int) -> np.ndarray | None:
     """Count the images of each class, `(classes,)`; None for a stream and for lists of labels, which nobody counts."""
     if isinstance(rows, StreamedImages) or isinstance(rows.features["label"], datasets.List):
         return None
-    labels = np.asarray(rows.with_format("numpy")["label"][:])
+    labels = _labels_of(rows)
     return np.bincount(labels[(labels >= 0) & (labels < num_classes)], minlength=num_classes)
 
 

@@ -114,7 +114,8 @@ class DatasetSummary:
         return [tuple(names) for names in groups.values() if len(names) > 1]
 
     def __str__(self) -> str:
-        lines = [("dataset", f"{self.name!r}: {self.layout}, {self.place!r}")]
+        name = "" if os.path.abspath(os.path.expanduser(self.name)) == self.place else f"{self.name!r}: "
+        lines = [("dataset", f"{name}{self.layout}, {self.place!r}")]
         titles = {"train": "to train", "eval": "to evaluate"}
         lines += [(titles[part], self._images_of(part)) for part in self.parts]
         if "eval" not in self.parts and "train" in self.parts:
@@ -265,9 +266,7 @@ def summarize(images: LoadedImages) -> DatasetSummary:
     names = tuple(getattr(label, "feature", label).names)
     counts = {part: count_by_class(rows, len(names)) for part, rows in images.items()}
     parts = {
-        part: PartSummary(
-            images.splits[part], len(rows), None if counts[part] is None else tuple(counts[part].tolist())
-        )
+        part: PartSummary(images.splits[part], len(rows), None if (of := counts[part]) is None else tuple(of.tolist()))
         for part, rows in images.items()
     }
     identical, empty = _compare(images)
@@ -321,15 +320,17 @@ def _compare(images: LoadedImages) -> tuple[int | None, tuple[str, ...]]:
 
     Only images of the same size are read.
     """
-    parts = {part: _sizes_and_readers(rows) for part, rows in images.items()}
-    if any(part is None for part in parts.values()):
-        return None, ()
+    parts = {}
+    for part, rows in images.items():
+        if (found := _sizes_and_readers(rows)) is None:
+            return None, ()
+        parts[part] = found
     empty = tuple(path for sizes, _, paths in parts.values() for path, size in zip(paths, sizes) if size == 0)
     if set(parts) != {"train", "eval"}:
         return None, empty
     (train, read_train, _), (held_out, read_held_out, _) = parts["train"], parts["eval"]
     both = np.intersect1d(train[train > 0], held_out)
-    candidates = {part: np.flatnonzero(np.isin(sizes, both)) for part, (sizes, *_) in parts.items()}
+    candidates = {part: np.flatnonzero(np.isin(sizes, both)).tolist() for part, (sizes, *_) in parts.items()}
     if train[candidates["train"]].sum() + held_out[candidates["eval"]].sum() > MAX_BYTES_COMPARED:
         return None, empty
     known = {_digest(read_train, number) for number in candidates["train"]}
@@ -343,7 +344,7 @@ def _sizes_and_readers(rows: Any) -> tuple[np.ndarray, Callable[[int], bytes], S
     columns = rows.with_format("arrow").select_columns(["image"])
     if rows[0]["image"]["bytes"] is not None:
         sizes = [size for batch in columns.iter(1000) for size in _lengths(batch["image"])]
-        return np.array(sizes), lambda number: rows[int(number)]["image"]["bytes"] or b"", ()
+        return np.array(sizes), lambda number: rows[number]["image"]["bytes"] or b"", ()
     if len(rows) > MAX_FILES_COMPARED:
         return None
     paths = [path_of(row["path"]) for batch in columns.iter(1000) for row in batch["image"].to_pylist()]

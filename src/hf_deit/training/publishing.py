@@ -214,7 +214,7 @@ class DatasetFile(TrainerCallback):
     def __init__(self, summary: DatasetSummary):
         self.summary = summary
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: DistillationConfig, state, control, **kwargs):
         self.summary.write(args.output_dir)
 
 
