@@ -149,6 +149,7 @@ def test_the_file_and_the_card_hold_no_directory_of_this_machine(photos, tmp_pat
     text = (tmp_path / "out" / "dataset.json").read_text("utf-8")
     facts = json.loads(text)
     assert facts["splits"]["train"]["images_by_class"] == {"ant": 3, "bee": 2, "cat": 3}
+    assert facts["not_read"]["such_as"] == [r"train/ant/caf\udce9.txt", r"train/ant/new\nline.txt"]
     assert facts["not_read"]["files"] == {".txt": 2} and facts["dataset"] == photos.name
     for shown in (text, "\n".join(summary.sentences())):
         assert str(photos) not in shown

@@ -153,9 +153,9 @@ class DatasetSummary:
             else {
                 "files": dict(self.unread.counts),
                 "outside_the_class_folders": len(self.unread.beside),
-                "such_as": list(map(self._relative, [*self.unread.paths, *self.unread.beside][:3])),
-                "folders": list(map(self._relative, self.unread.folders[:20])),
-                "empty_class_folders": list(map(self._relative, self.unread.empty[:20])),
+                "such_as": [self._relative(path)[1:-1] for path in [*self.unread.paths, *self.unread.beside][:3]],
+                "folders": [self._relative(path)[1:-1] for path in self.unread.folders[:20]],
+                "empty_class_folders": [self._relative(path)[1:-1] for path in self.unread.empty[:20]],
             },
             "notes": self._notes(),
         }

@@ -135,7 +135,7 @@ class PublishingTrainer(ResumableTrainer):
         registered = REGISTRY.get(data.dataset_name)
         if summary is None:
             return {"eval_split": data.eval_split or (registered.eval_split if registered else None)}
-        part = summary.parts.get("eval")
+        part = summary.parts.get("eval") if summary.held_out is None else None  # a part of a split has no name
         return {
             "eval_split": part.splits if part is not None else None,
             "held_out": summary.evaluates_on_new_images,
