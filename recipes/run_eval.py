@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict:
         predictions = predict(
             classifier, images, crop_ratio=crop_ratio, batch_size=args.batch_size, num_workers=args.num_workers
         )
-        results.append(evaluation_result(classifier, predictions, time.perf_counter() - start))
+        results.append(evaluation_result(classifier, predictions, time.perf_counter() - start, names))
 
     # 4. Report
     command = sys.argv if argv is None else [__file__, *argv]

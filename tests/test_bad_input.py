@@ -162,9 +162,9 @@ def bad(arguments, message):
         bad("--model_name_or_path {torch}", "cannot load model '{torch}': "),
         # the teacher
         bad(
-            "--teacher {nowhere}", "model '{nowhere}' does not exist. Accepted: a directory written by save_pretrained"
+            "--teacher {nowhere}", "model '{nowhere}' does not exist: there is no such directory"
         ),
-        bad("--teacher {empty}", "model directory '{empty}' has no config.json. Accepted: a directory"),
+        bad("--teacher {empty}", "model directory '{empty}' has no config.json. Give a directory"),
         bad("--teacher {no_weights}", "cannot load model '{no_weights}': Error no file named model.safetensors"),
         bad("--teacher timm:resnet5000", "timm has no model 'resnet5000'; close ones are"),
         bad("--teacher python:json", "model 'python:json': expected python:<module>:<factory>"),

@@ -8,6 +8,9 @@ Source: Touvron et al. 2021 (arXiv 2012.12877), section 4; facebookresearch/deit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +20,7 @@ from .errors import UserError
 
 DISTILLATION_TYPES = ("none", "soft", "hard", "label")
 KL_REDUCTIONS = ("batchmean", "numel")
+CLASS_WEIGHTINGS = ("none", "inverse")
 
 
 def default_alpha(distillation_type: str) -> float:
@@ -24,13 +28,35 @@ def default_alpha(distillation_type: str) -> float:
     return {"none": 0.0, "soft": 0.1}.get(distillation_type, 0.5)
 
 
-def soft_target_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def inverse_class_weights(counts: Sequence[int] | np.ndarray) -> Tensor:
+    """Weights that make the classes of a dataset count alike in the loss: images / (classes x images of the class).
+
+    Their mean over the images is 1, so that the loss keeps its scale. A class without images has the weight 0 and is
+    not among the classes counted.
+
+    Args:
+        counts: images of each class, `(classes,)`.
+
+    Returns:
+        float32 `(classes,)`.
+
+    Source: class_weight="balanced" of scikit-learn.
+    """
+    images = torch.as_tensor(np.asarray(counts), dtype=torch.float64)
+    present = images > 0
+    return torch.where(present, images.sum() / (present.sum() * images.clamp(min=1)), 0).float()
+
+
+def soft_target_cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
     """Cross-entropy against a distribution over classes, mean over the batch.
 
     Args:
         logits: `(batch, classes)`, any float dtype.
         targets: `(batch, classes)`, float, each row sums to 1, as [`Mixing`] returns them.
         label_smoothing: in [0, 1), the share of each row that moves to the uniform distribution.
+        class_weights: `(classes,)`, factor of each class in each row's sum over classes.
 
     Returns:
         Scalar, float32, nats.
@@ -42,13 +68,17 @@ def soft_target_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: 
         raise UserError(
             f"soft targets have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}; expected (batch, classes)"
         )
-    return F.cross_entropy(logits.float(), targets.float(), label_smoothing=label_smoothing)
+    return F.cross_entropy(logits.float(), targets.float(), class_weights, label_smoothing=label_smoothing)
 
 
-def _true_label_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    if labels.dim() == 1:
+def _true_label_loss(logits: Tensor, labels: Tensor, label_smoothing: float, class_weights: Tensor | None) -> Tensor:
+    if labels.dim() != 1:
+        return soft_target_cross_entropy(logits, labels, label_smoothing, class_weights)
+    if class_weights is None:
         return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-    return soft_target_cross_entropy(logits, labels, label_smoothing)
+    # PyTorch's mean divides by the weights of the batch: the gradient would depend on how a step is cut into batches.
+    total = F.cross_entropy(logits.float(), labels, class_weights, label_smoothing=label_smoothing, reduction="sum")
+    return total / len(labels)
 
 
 def _soft_distillation(logits: Tensor, teacher_logits: Tensor, temperature: float, kl_reduction: str) -> Tensor:
@@ -78,6 +108,7 @@ def distillation_loss(
     temperature: float = 3.0,
     label_smoothing: float = 0.1,
     kl_reduction: str = "batchmean",
+    class_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compute the loss of one batch and its parts: `(1 - alpha) * class_loss + alpha * distillation_loss`.
 
@@ -96,6 +127,10 @@ def distillation_loss(
         temperature: τ > 0 of eq. 2; "soft" only.
         label_smoothing: ε in [0, 1), applied to true labels only, never to the teacher's.
         kl_reduction: "batchmean", or "numel" for the scaling of the authors' released code; "soft" only.
+        class_weights: `(classes,)`, float32, factor of each class in the loss of the true labels (see
+            [`inverse_class_weights`]), mixed and smoothed ones too. What the teacher says is not weighted: the weights
+            correct the counts of the labels. The weighted losses are summed and divided by the batch, not by its
+            weights.
 
     Returns:
         `loss`, `class_loss` and, unless the type is "none", `distillation_loss`: float32 scalars, nats, batch means.
@@ -107,13 +142,13 @@ def distillation_loss(
     """
     if distillation_type not in DISTILLATION_TYPES:
         raise UserError(f"distillation_type is {distillation_type!r}; choose one of {', '.join(DISTILLATION_TYPES)}")
-    class_loss = _true_label_loss(class_logits, labels, label_smoothing)
+    class_loss = _true_label_loss(class_logits, labels, label_smoothing, class_weights)
     if distillation_type == "none":
         return {"loss": class_loss, "class_loss": class_loss}
 
     taught_logits = class_logits if distillation_logits is None else distillation_logits
     if distillation_type == "label":
-        taught_loss = _true_label_loss(taught_logits, labels, label_smoothing)
+        taught_loss = _true_label_loss(taught_logits, labels, label_smoothing, class_weights)
     else:
         if teacher_logits is None:
             raise UserError(

@@ -20,6 +20,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .errors import UserError
+from .stock_options import FORMER_OPTIONS
 
 
 def parse_recipe(
@@ -97,5 +98,7 @@ def _as_typed(value):
 
 
 def _did_you_mean(word: str, known: set[str]) -> str:
+    if advice := FORMER_OPTIONS.get(word.split("=")[0]):
+        return f", which Transformers no longer has: {advice}"
     nearest = difflib.get_close_matches(word.split("=")[0], known, n=1)
     return f", which is no key; did you mean {nearest[0]!r}?" if nearest else ", which is no key; --help lists them"

@@ -35,14 +35,14 @@ STOCK_OPTIONS: dict[str, StockOption] = {
     **_honoured("views", "seed data_seed gradient_accumulation_steps"),
     **_honoured(
         "weights",
-        "max_steps warmup_steps lr_scheduler_kwargs optim optim_args optim_target_modules adam_beta1 adam_beta2 "
+        "max_steps lr_scheduler_kwargs optim optim_args optim_target_modules adam_beta1 adam_beta2 "
         "adam_epsilon bf16 fp16 tf32 load_best_model_at_end metric_for_best_model "
         "greater_is_better full_determinism",
     ),
     **_honoured(
         "machine",
         # where it runs
-        "output_dir use_cpu local_rank ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers "
+        "output_dir use_cpu ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers "
         "ddp_static_graph fsdp fsdp_config debug "
         # speed and memory
         "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
@@ -51,8 +51,7 @@ STOCK_OPTIONS: dict[str, StockOption] = {
         # what is logged, evaluated and saved, and when
         "logging_strategy logging_first_step log_on_each_node log_level log_level_replica disable_tqdm report_to "
         "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_on_start eval_steps "
-        "eval_delay "
-        "include_for_metrics save_steps save_on_each_node resume_from_checkpoint "
+        "eval_delay save_steps save_on_each_node resume_from_checkpoint "
         "restore_callback_states_from_checkpoint "
         # the Hub
         "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
@@ -65,7 +64,7 @@ STOCK_OPTIONS: dict[str, StockOption] = {
             "use_cache": "a DeiT has no cache of keys and values",
             "length_column_name": "images are not grouped by length",
             "prediction_loss_only": "an evaluation keeps five classes and a loss of each image, which costs nothing",
-            "eval_use_gather_object": "what an evaluation gathers are tensors",
+            "local_rank": "the launcher's environment says which process this is",
             "do_train": "a run always trains",
             "do_eval": "eval_strategy says when to evaluate",
             "do_predict": "run_eval.py predicts",
@@ -86,6 +85,8 @@ STOCK_OPTIONS: dict[str, StockOption] = {
             "bf16_full_eval": "the model would stay in bfloat16 and be saved so; bf16: true evaluates in bfloat16",
             "fp16_full_eval": "the model would stay in float16 and be saved so; fp16: true evaluates in float16",
             "batch_eval_metrics": "accuracies are counted over whole evaluations, which cost no memory here",
+            "include_for_metrics": "compute_metrics already gets the loss of each image, and no inputs",
+            "eval_use_gather_object": "what an evaluation gathers are tensors",
             "eval_do_concat_batches": "accuracies are counted over whole evaluations",
             "label_names": "batches hold their labels as 'labels'",
             "neftune_noise_alpha": "NEFTune adds noise to the embeddings of words",
@@ -96,4 +97,25 @@ STOCK_OPTIONS: dict[str, StockOption] = {
             "accelerator_config": "accelerate's loaders are set so that views and their order are exact",
         }.items()
     },
+}
+
+# Options of earlier Transformers that recipes of other makers still have, and what says the same today.
+FORMER_OPTIONS = {
+    "warmup_ratio": "set warmup_steps to that fraction",
+    "evaluation_strategy": "set eval_strategy",
+    "no_cuda": "set use_cpu",
+    "use_mps_device": "leave it out: an available device is used",
+    "half_precision_backend": "leave it out",
+    "per_gpu_train_batch_size": "set per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "set per_device_eval_batch_size",
+    "adafactor": "set optim: adafactor",
+    "group_by_length": "leave it out: images have no length",
+    "past_index": "leave it out: a DeiT has no states of earlier inputs",
+    "overwrite_output_dir": "leave it out: an unfinished run is resumed, a finished one is never overwritten",
+    "save_safetensors": "leave it out: weights are always saved as safetensors",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "push_to_hub_model_id": "set hub_model_id",
+    "push_to_hub_token": "set hub_token",
+    "include_inputs_for_metrics": "leave it out",
+    "torchdynamo": "set torch_compile_backend",
 }

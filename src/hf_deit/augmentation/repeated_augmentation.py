@@ -27,6 +27,7 @@ Source: Touvron et al. 2021 (arXiv 2012.12877), section 6; facebookresearch/deit
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -34,6 +35,8 @@ import torch
 
 from ..errors import UserError
 
+
+logger = logging.getLogger(__name__)
 
 # A batch has a slice for each of 1, 2, 4, ... ranks, as long as a slice has at least this many views.
 VIEWS_PER_SLICE = 64
@@ -73,10 +76,13 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
         block_sizes: images in each row group of a stream; None for random access.
         shuffle_buffer_size: number of images of a stream that are shuffled with each other, over all ranks. A smaller
             buffer takes less memory. 0 keeps the stored order, of any dataset.
+        labels: of all images, `(num_images,)`, int; if given, every class has the same number of images in an epoch,
+            give or take one (drawn anew each epoch). A large class shows a random part of its images, a small one
+            repeats its images, each as often as the others.
 
     Raises:
-        ValueError: if the dataset is empty, `num_repeats` is not positive, or `block_sizes` does not sum to
-            `num_images`.
+        ValueError: if the dataset is empty, `num_repeats` is not positive, `block_sizes` does not sum to
+            `num_images`, or `labels` are given for a stream or in another number.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
         batch_size: int = 1,
         block_sizes: Sequence[int] | None = None,
         shuffle_buffer_size: int = 16_384,
+        labels: np.ndarray | None = None,
     ):
         if num_images < 1:
             raise UserError("the training dataset is empty; check the path, train_split and max_train_samples")
@@ -96,6 +103,11 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
             raise UserError(
                 f"the row groups hold {sum(block_sizes)} images, but the dataset has {num_images}; both must agree"
             )
+        if labels is not None and (block_sizes is not None or len(labels) != num_images):
+            raise UserError(
+                f"classes can be drawn evenly from {num_images} images only if all their labels are known, and not "
+                f"from a stream; got {len(labels)} labels"
+            )
         self.num_images = num_images
         self.num_views = num_images // batch_size * batch_size
         self.num_repeats = num_repeats
@@ -104,6 +116,10 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
         self.block_sizes = None if block_sizes is None else np.array(block_sizes)
         self.shuffle_buffer_size = shuffle_buffer_size
         self.slices, self.turns = self._choose_lanes()
+        self.classes = None  # the images of each class that has any
+        if labels is not None:
+            sizes = np.unique(labels, return_counts=True)[1]
+            self.classes = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -119,13 +135,26 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
 
     def _images_of_positions(self) -> np.ndarray:
         rng = np.random.default_rng([self.seed, self.epoch])
-        if self.shuffle_buffer_size == 0:
+        if self.classes is not None:
+            order = self._images_evenly_by_class(rng, self.classes)
+        elif self.shuffle_buffer_size == 0:
             order = np.arange(self.num_images)
         elif self.block_sizes is None:
             order = rng.permutation(self.num_images)
         else:
             return self._images_by_lane(rng)
         return order[np.arange(self.num_views) // self.num_repeats]
+
+    def _images_evenly_by_class(self, rng: np.random.Generator, classes: list[np.ndarray]) -> np.ndarray:
+        """List the images of an epoch, `num_views / num_repeats` of them, each class in as many places."""
+        share, rest = divmod(-(-self.num_views // self.num_repeats), len(classes))
+        has_one_more = rng.permutation(len(classes)) < rest
+        drawn = []
+        for images, one_more in zip(classes, has_one_more.tolist(), strict=True):
+            wanted = share + one_more
+            rounds = [rng.permutation(images) for _ in range(-(-wanted // len(images)))]
+            drawn.append(np.concatenate([images[:0], *rounds])[:wanted])
+        return rng.permutation(np.concatenate(drawn))
 
     # The order of a stream
 
@@ -140,6 +169,20 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
                 for part in range(-(-parts // self.slices))
             }
         )
+
+    def warn_of_repeated_reading(self, num_ranks: int, num_workers: int, accumulation_steps: int) -> None:
+        """Log a warning if several loader workers will read the same row group of a stream."""
+        if self.block_sizes is None:
+            return
+        readers = self.readers_of_a_block(num_ranks, num_workers, accumulation_steps)
+        if readers > 1:
+            logger.warning(
+                "streaming: each row group (%d images on average) will be downloaded by %d workers, because %d row "
+                "groups are too few for %d processes x %d workers. Results do not change. Use 1, 2, 4 or 8 workers, a "
+                "larger shuffle_buffer_size, or smaller row groups",
+                *(self.num_images // len(self.block_sizes), readers, len(self.block_sizes)),
+                *(num_ranks, max(1, num_workers)),
+            )
 
     def _choose_lanes(self) -> tuple[int, int]:
         """Return the most slices and turns for which each lane has a row group and all lanes fit in the buffer."""

@@ -78,6 +78,7 @@ def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str])
             id2label=views.id2label,
             mean=views.processor.image_mean,
             std=views.processor.image_std,
+            image_size=training_args.teacher_image_size,
             student_size=data_args.image_size,
             compile=training_args.torch_compile,
         )

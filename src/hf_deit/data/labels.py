@@ -44,6 +44,34 @@ class CheckedLabels:
         return batch
 
 
+def labels_of(images: Any) -> np.ndarray | None:
+    """Return the labels of all images, `(images,)` int64, without decoding one; None where they are not at hand.
+
+    Args:
+        images: as [`load_image_dataset`] returns them, or rows in a list. The labels of a stream are not at hand.
+    """
+    if hasattr(images, "with_format"):
+        labels = images.with_format("numpy")["label"][:]
+    else:
+        labels = [row["label"] for row in images] if isinstance(images, (list, tuple)) else []
+    return np.asarray(labels, np.int64) if len(labels) else None
+
+
+def all_labels_of(dataset: Any, option: str) -> np.ndarray:
+    """Return the labels of a training set, `(images,)` int64, for an option that cannot do without them.
+
+    Raises:
+        ValueError: the labels are not at hand, as those of a stream.
+    """
+    labels = labels_of(getattr(dataset, "images", ()))
+    if labels is None:
+        raise UserError(
+            f"{option} needs the labels of all training images, and this training set does not have them at hand (a "
+            f"stream would have to be downloaded for them). Leave out {option}, or streaming"
+        )
+    return labels
+
+
 def check_labels(images: Any, num_labels: int, part: str) -> None:
     """Check all labels of a dataset before training; the labels of a stream or a list are checked batch by batch.
 

@@ -32,6 +32,9 @@ HEADS = ("fused", "class", "distillation")
 
 TOP_K = 5
 
+# The classes of a set are uneven if the largest has this many times the images of the smallest.
+UNEVEN = 1.5
+
 
 def top_classes(logits: Tensor) -> Tensor:
     """The `(..., min(5, classes))` best class numbers of `(..., classes)` logits, int64, best first, on the device."""
@@ -160,6 +163,46 @@ class Disagreement(_LocalMetric):
         return {"disagreement": float((one != other).mean())}
 
 
+def class_sizes(labels: np.ndarray | None) -> np.ndarray | None:
+    """Return the images of each class, `(classes,)`, if the classes are uneven, else None.
+
+    Args:
+        labels: `(samples,)`, int; None when they are not known. Classes without a sample do not count.
+    """
+    if labels is None or not len(labels):
+        return None
+    sizes = np.bincount(labels)
+    present = sizes[sizes > 0]
+    return sizes if present.max() >= UNEVEN * present.min() else None
+
+
+def accuracy_by_class(decisions: np.ndarray, labels: np.ndarray) -> dict[int, float]:
+    """Return for each class that has samples the share of them that is recognised (the class's recall).
+
+    Args:
+        decisions: `(samples,)`, int, predicted classes.
+        labels: `(samples,)`, int.
+    """
+    sizes = np.bincount(labels)
+    hits = np.bincount(labels, weights=decisions == labels, minlength=len(sizes))
+    return {int(number): float(hits[number] / sizes[number]) for number in np.flatnonzero(sizes)}
+
+
+def balanced_accuracy(decisions: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean over the classes of their accuracy, a fraction; see [`accuracy_by_class`].
+
+    Source: scikit-learn's `balanced_accuracy_score`.
+    """
+    return float(np.mean(list(accuracy_by_class(decisions, labels).values())))
+
+
+def names_of_metrics(heads: int, labels: np.ndarray | None) -> list[str]:
+    """Return the names of what [`three_head_accuracy`] measures for so many heads on a set with these labels."""
+    prefixes = ["" if head == "fused" else f"{head}_" for head in HEADS[:heads]]
+    names = ["loss", *(f"{prefix}{rate}" for prefix in prefixes for rate in ("top1", "top5"))]
+    return names if class_sizes(labels) is None else [*names, "balanced_accuracy"]
+
+
 def three_head_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """The trainer's `compute_metrics`: accuracy of every head, and the loss.
 
@@ -170,7 +213,8 @@ def three_head_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
     Returns:
         `loss` (mean), `top1` and `top5` (the fused prediction, or the only head), and with three heads `class_top1`,
-        `class_top5`, `distillation_top1`, `distillation_top5`. The Trainer puts `eval_` before each name.
+        `class_top5`, `distillation_top1`, `distillation_top5`; where the classes are uneven also `balanced_accuracy`,
+        of the fused prediction (see [`balanced_accuracy`]). The Trainer puts `eval_` before each name.
 
     Raises:
         ValueError: if H is neither 1 nor 3, or the numbers of samples differ.
@@ -188,4 +232,7 @@ def three_head_accuracy(prediction: EvalPrediction) -> dict[str, float]:
         accuracy = TopKAccuracy().compute(predictions=best_classes[:, number], references=prediction.label_ids)
         prefix = "" if head == "fused" else f"{head}_"
         metrics |= {f"{prefix}{name}": value for name, value in accuracy.items()}
+    labels: Any = prediction.label_ids
+    if class_sizes(labels) is not None:
+        metrics["balanced_accuracy"] = balanced_accuracy(best_classes[:, 0, 0], labels)
     return metrics

@@ -24,7 +24,14 @@ from ..data.views import EvalViews, collate_views
 from ..errors import UserError
 from ..processes import current_process
 from .classifier import Classifier
-from .metrics import ReaLAccuracy, TopKAccuracy, top_classes
+from .metrics import (
+    ReaLAccuracy,
+    TopKAccuracy,
+    accuracy_by_class,
+    balanced_accuracy,
+    class_sizes,
+    top_classes,
+)
 
 
 @dataclass(frozen=True)
@@ -55,13 +62,34 @@ class Predictions:
         return np.ones(len(self.labels), dtype=bool)
 
     def accuracy(self) -> dict[str, dict[str, float]]:
-        """`top1` and `top5` (fractions) and the mean `loss` (nats) of each head, over the images that have a label."""
+        """`top1` and `top5` (fractions) and the mean `loss` (nats) of each head, over the images that have a label.
+
+        Where the classes are uneven (see [`class_sizes`]) also `balanced_accuracy`.
+        """
         metric = ReaLAccuracy() if isinstance(self.labels, list) else TopKAccuracy()
         counted = self.labelled()
-        return {
+        measured = {
             head: metric.compute(predictions=classes, references=self.labels)
             | {"loss": float(self.losses[head][counted].mean(dtype=np.float64))}
             for head, classes in self.best_classes.items()
+        }
+        if not isinstance(self.labels, list) and class_sizes(self.labels) is not None:
+            for head, classes in self.best_classes.items():
+                measured[head]["balanced_accuracy"] = balanced_accuracy(classes[:, 0], self.labels)
+        return measured
+
+    def by_class(self, head: str) -> dict[int, dict[str, float]]:
+        """`accuracy` (a fraction) and number of `images` of each class, the worst first; empty where classes are even.
+
+        Args:
+            head: a key of `best_classes`.
+        """
+        if isinstance(self.labels, list) or (sizes := class_sizes(self.labels)) is None:
+            return {}
+        accuracy = accuracy_by_class(self.best_classes[head][:, 0], self.labels)
+        return {
+            number: {"accuracy": accuracy[number], "images": int(sizes[number])}
+            for number in sorted(accuracy, key=lambda number: accuracy[number])
         }
 
 

@@ -19,6 +19,10 @@ from .classifier import HEADS, Classifier
 from .predict import Predictions
 
 
+# Classes named below the table of a set whose classes are uneven; the JSON file has them all.
+WORST_CLASSES = 5
+
+
 @dataclass
 class EvaluationArguments(DataArguments):
     """The models to evaluate and the images. A list is written with commas: `--models a,b`."""
@@ -63,8 +67,14 @@ def _number(kind: type, name: str, word: str) -> float:
         raise UserError(f"{name} has {word!r}; expected numbers with commas between them") from None
 
 
-def evaluation_result(classifier: Classifier, predictions: Predictions, seconds: float) -> dict:
-    """The entry of one model, at one size and crop ratio, in the JSON file."""
+def evaluation_result(
+    classifier: Classifier, predictions: Predictions, seconds: float, class_names: Sequence[str]
+) -> dict:
+    """The entry of one model, at one size and crop ratio, in the JSON file.
+
+    Args:
+        class_names: of the dataset, in order.
+    """
     images, counted = len(predictions.labels), int(predictions.labelled().sum())
     return {
         "model": classifier.name,
@@ -82,6 +92,9 @@ def evaluation_result(classifier: Classifier, predictions: Predictions, seconds:
         "images_per_second": round(images / seconds, 1),
         "own_head": classifier.own_head,
         "heads": predictions.accuracy(),
+        "classes": {
+            class_names[number]: measured for number, measured in predictions.by_class(classifier.own_head).items()
+        },
     }
 
 
@@ -143,6 +156,17 @@ def evaluation_table(report: dict, heads: Sequence[str] = HEADS) -> str:
             "softmax: mean of both heads' probabilities (the paper); logits: mean of their logits (the authors' code, "
             "stock Transformers, timm); *: the prediction that the model itself returns"
         )
+    for result in results:
+        if by_class := result.get("classes"):
+            worst = [
+                f"{name} {100 * measured['accuracy']:.1f} of {measured['images']}"
+                for name, measured in list(by_class.items())[:WORST_CLASSES]
+            ]
+            balanced = 100 * result["heads"][result["own_head"]]["balanced_accuracy"]
+            notes.append(
+                f"the classes are uneven: balanced accuracy (the mean of the classes' top-1) of {result['model']} at "
+                f"{result['image_size']}: {balanced:.2f}; worst classes: {', '.join(worst)} images"
+            )
     matched = {result["model"]: result["classes_matched"] for result in results}
     notes += [f"classes of {model}: {how}" for model, how in matched.items() if how != "by name"]
     return "\n".join([*lines, *("\n" + note for note in notes)])

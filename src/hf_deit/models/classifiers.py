@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -200,25 +201,67 @@ def load_pretrained(model_class: type, spec: str, **kwargs) -> Any:
     """
     path = Path(spec).expanduser()
     if path.is_file():
-        raise UserError(
-            f"model {spec!r} is a file: name the network too, timm:<name>?checkpoint={spec}. {ACCEPTED_FORMS}"
-        )
+        raise UserError(f"model {spec!r} is a file, not a directory: {_what_to_do_with_a_file(path)}")
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model directory {spec!r} has no config.json. {ACCEPTED_FORMS}")
+        _check_directory(spec, path)
         spec = str(path)
     elif path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
-        raise UserError(f"model {spec!r} does not exist. {ACCEPTED_FORMS}")
+        raise UserError(f"model {spec!r} does not exist: there is no such directory{_did_you_mean(path)}")
     level = logging.INFO if "dtype" in kwargs else logging.WARNING  # a caller that names a type knows it
     kwargs.setdefault("dtype", torch.float32)
     try:
         model = model_class.from_pretrained(spec, use_safetensors=True, trust_remote_code=False, **kwargs)
     except Exception as error:  # Transformers, huggingface_hub and safetensors raise a dozen unrelated types
-        raise UserError(f"cannot load model {spec!r}: {first_line(error)}. {ACCEPTED_FORMS}") from error
+        why = first_line(error).rstrip(".")
+        if not path.is_dir():
+            why = f"there is no such directory{_did_you_mean(path)}, and from the Hub: {why}"
+        raise UserError(f"cannot load model {spec!r}: {why}") from error
     if kwargs["dtype"] == torch.float32 and (stored := stored_types(spec) - {"float32"}):
         types = " and ".join(sorted(stored))
         logger.log(level, "model %s is stored in %s and was loaded in float32, to train in it", spec, types)
     return model
+
+
+def _check_directory(spec: str, path: Path) -> None:
+    """Refuse a directory that holds no model, or one whose weights are stored in a form that only a package reads."""
+    if not (path / "config.json").is_file():
+        inside = sorted(child.parent.name for child in path.glob("*/config.json"))
+        hint = f"; {spec.rstrip('/')}/{inside[-1]} has one" if inside else ""
+        raise UserError(
+            f"model directory {spec!r} has no config.json{hint}. Give a directory written by save_pretrained "
+            "(config.json and model.safetensors)"
+        )
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"config.json of model {spec!r} cannot be read: {first_line(error)}") from error
+    quantised = config.get("quantization_config") if isinstance(config, dict) else None
+    if quantised:
+        method = quantised.get("quant_method", "method not stated") if isinstance(quantised, Mapping) else quantised
+        raise UserError(
+            f"the weights of model {spec!r} are stored quantised ({method}), and only that method's own package reads "
+            "them: give the checkpoint that was quantised, or return the loaded network from python:<module>:<factory>"
+        )
+
+
+def _what_to_do_with_a_file(path: Path) -> str:
+    factory = "return the loaded network from python:<module>:<factory>"
+    if path.suffix == ".onnx":
+        return f"an ONNX graph runs in onnxruntime, not in PyTorch; wrap its session in an nn.Module and {factory}"
+    if path.suffix in (".pt2", ".ptc", ".jit"):
+        return f"a program may run code when it is loaded, so only your own code loads it: {factory}"
+    return f"name the network that the weights are for, timm:<name>?checkpoint={path}, or {factory}"
+
+
+def _did_you_mean(path: Path) -> str:
+    """Name the existing path that is nearest to one that does not exist, if one is near."""
+    missing = next(part for part in reversed((path, *path.parents)) if not part.exists())
+    try:
+        beside = [child.name for child in missing.parent.iterdir() if child.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(missing.name, beside, n=1)
+    return f" (did you mean {str(missing.parent / close[0] / path.relative_to(missing))!r}?)" if close else ""
 
 
 def _read_image_processor(found: FoundClassifier, spec: str) -> None:

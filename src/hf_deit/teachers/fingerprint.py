@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.labels import labels_of
 from ..data.views import TrainViews
 from ..errors import UserError
 
@@ -75,12 +76,9 @@ def fingerprint_of_images(images: Any) -> str:
     """
     is_stream = hasattr(images, "block_sizes")
     if is_stream:
-        images, labels = images.take(len(images)), []  # a copy, so that the row groups read here are not kept
-    elif hasattr(images, "with_format"):
-        labels = images.with_format("numpy")["label"][:]
-    else:
-        labels = [row["label"] for row in images] if isinstance(images, (list, tuple)) else []
-    digest = hashlib.sha256(np.asarray(labels, "<i8").tobytes())
+        images = images.take(len(images))  # a copy, so that the row groups read here are not kept
+    labels = labels_of(images)
+    digest = hashlib.sha256(b"" if labels is None else labels.astype("<i8").tobytes())
     sample = sorted(set(np.linspace(0, len(images) - 1, SAMPLED_IMAGES).astype(int).tolist()))
     sampled: Any = images
     for row in sampled.__getitems__(sample) if is_stream else [images[index] for index in sample]:

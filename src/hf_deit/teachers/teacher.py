@@ -59,8 +59,10 @@ def load_teacher(
         id2label: the student's class names. None means unknown names: the classes keep the teacher's order.
         mean: per channel, of pixels in [0, 1]: the mean that the student's pixels are normalised with.
         std: per channel, likewise the standard deviation.
-        image_size: resize the pixels to this size for the teacher, `side` or `(height, width)`. By default the teacher
-            sees the student's resolution, or its own when it accepts no other.
+        image_size: resize the student's normalised pixels to this size for the teacher, `side` or `(height, width)`,
+            by bicubic interpolation (PyTorch's, a = -0.5 and antialiased, which is Pillow's filter without rounding to
+            bytes; values are not clipped). By default the teacher sees the student's resolution, or its own when it
+            accepts no other.
         student_size: size of the student's pixels, likewise: the teacher is tried at it. By default it is tried at its
             own size, or at 224.
         device: where the teacher runs; by default where its weights are.
@@ -92,7 +94,7 @@ def load_teacher(
         if compile:
             member.model.compile()
         members.append(member)
-    return Teacher(members, dict(enumerate(names)) if names else None)
+    return Teacher(members, dict(enumerate(names)) if names else None, as_pair(image_size) if image_size else None)
 
 
 def _split(spec: Spec | Sequence[Spec]) -> list[Spec]:
@@ -119,11 +121,17 @@ class Teacher(nn.Module):
         num_parameters: number of parameters of all classifiers together.
         sha256: fingerprint of the weights, 16 hexadecimal digits.
         id2label: class names of the logits, None when neither teacher nor student has names.
+        image_size: `(height, width)` that was asked for; None: each classifier's choice.
     """
 
     replays: str | None = None
 
-    def __init__(self, members: Sequence[_Member], id2label: dict[int, str] | None):
+    def __init__(
+        self,
+        members: Sequence[_Member],
+        id2label: dict[int, str] | None,
+        image_size: tuple[int, int] | None = None,
+    ):
         super().__init__()
         self._members = tuple(members)  # a tuple: not registered as submodules
         self.models = tuple(member.model for member in members)
@@ -133,6 +141,7 @@ class Teacher(nn.Module):
         digests = [member.sha256 for member in members]
         self.sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
         self.id2label = id2label
+        self.image_size = image_size
         super().train(False)
 
     @property

@@ -8,17 +8,19 @@ from __future__ import annotations
 import logging
 import math
 import os
+from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import OptimizerNames
 
 from ..arguments import names_affecting, option
 from ..errors import UserError
-from ..losses import DISTILLATION_TYPES, KL_REDUCTIONS
+from ..losses import CLASS_WEIGHTINGS, DISTILLATION_TYPES, KL_REDUCTIONS
 from ..stock_options import STOCK_OPTIONS
 
 
@@ -27,6 +29,13 @@ logger = logging.getLogger(__name__)
 # "lr = 0.0005 x batchsize / 512" (Table 9).
 PAPER_BASE_LEARNING_RATE = 5e-4
 BASE_BATCH_SIZE = 512
+PAPER_SCHEDULE = "cosine_warmup_with_min_lr"
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+CHOICES = {
+    "distillation_type": DISTILLATION_TYPES,
+    "kl_reduction": KL_REDUCTIONS,
+    "class_weighting": CLASS_WEIGHTINGS,
+}
 
 
 def _workers_per_process() -> int:
@@ -44,9 +53,9 @@ class DistillationConfig(TrainingArguments):
     filter that hides NaN losses, all columns kept, one loader worker per available core (at most 10).
 
     Raises:
-        ValueError: `distillation_type` or `kl_reduction` is unknown, a number is outside its range, both learning
-            rates are given, `min_lr` is above the learning rate, the warm-up is as long as the run, or
-            `teacher_record` or `teacher_replay` is set together with the other or without distillation.
+        ValueError: `distillation_type`, `kl_reduction` or `class_weighting` is unknown, a number is outside its range,
+            two options exclude each other, the warm-up is as long as the run, or an option of `TrainingArguments`
+            cannot be kept (see `stock_options`).
     """
 
     if TYPE_CHECKING:  # narrower than Transformers declares them, once __post_init__ has run
@@ -67,6 +76,12 @@ class DistillationConfig(TrainingArguments):
         "Reduction of the KL divergence, used by 'soft' only: 'batchmean', or 'numel', which divides by batch x "
         "classes as the authors' code does.",
     )
+    teacher_image_size: int | None = option(
+        None,
+        "Side in pixels to which the student's views are resized for the teacher (bicubic, antialiased). Default: the "
+        "student's size, or the teacher's own if the teacher reads no other.",
+        affects="views",
+    )
     teacher_record: str | None = option(
         None, "Record the teacher outputs for every training view in this directory.", affects="machine"
     )
@@ -80,6 +95,19 @@ class DistillationConfig(TrainingArguments):
         "Number of largest logits that teacher_record keeps per view for 'soft', 6 bytes each. If there are no more "
         "classes than this, all logits are kept.",
         affects="machine",
+    )
+
+    # Classes of unequal size
+    class_weighting: str = option(
+        "none",
+        "Weights of the classes in the loss of the true labels: 'none', or 'inverse': images / (classes x images of "
+        "the class). The teacher's part of the loss and the evaluation are not weighted.",
+    )
+    balanced_sampling: bool = option(
+        False,
+        "Show every class equally often: an epoch has as many views as before, and repeats the images of small "
+        "classes, each time in another view.",
+        affects="views",
     )
 
     # Augmentation of each view
@@ -148,13 +176,16 @@ class DistillationConfig(TrainingArguments):
     )
     min_lr: float = option(1e-5, "Learning rate at the end of the cosine schedule.")
     warmup_lr: float = option(1e-6, "Learning rate at the first step of the warm-up.")
-    warmup_epochs: float = option(5, "Epochs of linear warm-up. Ignored when warmup_steps is set.")
+    warmup_epochs: float = option(5, "Epochs of linear warm-up. Used only if warmup_steps is unset.")
+    warmup_steps: float | None = option(
+        None, "Steps of linear warm-up; below 1, a fraction of all steps; 0: no warm-up. Default: warmup_epochs."
+    )
     weight_decay: float = option(
         0.05, "Weight decay of AdamW. Biases, norms, class token and positions are not decayed."
     )
     max_grad_norm: float = option(0.0, "Gradient clipping. 0 turns it off, as in the paper.")
     lr_scheduler_type: str = option(
-        "cosine_warmup_with_min_lr", "Any schedule of Transformers. The default is the paper's: warm-up, then cosine."
+        PAPER_SCHEDULE, "Any schedule of Transformers. The default is the paper's: warm-up, then cosine."
     )
     ema_decay: float | None = option(
         None,
@@ -192,27 +223,38 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self):
         without_effect = self._check_stock_options()
+        warmup_steps = self.warmup_steps
         if self.auto_augment in (None, ""):
             self.auto_augment = "none"
         if self.dataloader_num_workers == 0:
             self.dataloader_persistent_workers = False
         if self.label_names is None:
             self.label_names = ["labels"]
+        if warmup_steps is None:
+            self.warmup_steps = 0  # None means warmup_epochs, which Transformers does not know
         super().__post_init__()
+        self.warmup_steps = warmup_steps
         if self.process_index == 0:
-            for name in without_effect:
-                logger.warning("%s has no effect: %s", name, STOCK_OPTIONS[name].why)
+            for name, why in (without_effect | self._idle_options()).items():
+                logger.warning("%s has no effect: %s", name, why)
         self._check_ranges()
         self._resolve_learning_rate()
-        if self.lr_scheduler_type == "cosine_warmup_with_min_lr" and not self.lr_scheduler_kwargs:
+        if self.lr_scheduler_type == PAPER_SCHEDULE:
+            given: dict = self.lr_scheduler_kwargs or {}  # a text has been parsed by now
             peak = float(self.learning_rate or 0)
-            self.lr_scheduler_kwargs = {"min_lr": self.min_lr, "warmup_lr_rate": min(self.warmup_lr / peak, 1.0)}
+            lowest = {} if "min_lr_rate" in given else {"min_lr": self.min_lr}
+            self.lr_scheduler_kwargs = {**lowest, "warmup_lr_rate": min(self.warmup_lr / peak, 1.0), **given}
 
-    def _check_stock_options(self) -> list[str]:
-        """Raise for unsupported options of TrainingArguments; return the names of options that have no effect."""
+    def _check_stock_options(self) -> dict[str, str]:
+        """Raise for unsupported options of TrainingArguments.
+
+        Returns:
+            Why each option that is set, and has no effect, has none. Those that would have one are back at the
+            default, except `do_train` and its like, which scripts of other makers read.
+        """
         # Values that TrainingArguments itself puts in place of the defaults; accepting them lets a config be copied.
         resolved = {"label_names": ["labels"], "do_eval": True, "accelerator_config": AcceleratorConfig()}
-        resolved["include_num_input_tokens_seen"] = False
+        resolved |= {"include_num_input_tokens_seen": False, "include_for_metrics": []}
         set_here = {
             item.name: getattr(self, item.name)
             for item in fields(TrainingArguments)
@@ -235,10 +277,51 @@ class DistillationConfig(TrainingArguments):
                 "optimizers train and evaluate with different weights, and the training weights would be saved. Use "
                 "'adamw_torch_fused' or another optimizer"
             )
-        return [name for name in set_here if STOCK_OPTIONS[name].status == "no effect"]
+        without_effect = {name: STOCK_OPTIONS[name].why for name in set_here if STOCK_OPTIONS[name].why}
+        for name in without_effect:
+            if not name.startswith("do_"):
+                setattr(self, name, TrainingArguments.__dataclass_fields__[name].default)
+        return without_effect
+
+    def _idle_options(self) -> dict[str, str]:
+        """Return, for each option that is set and that another option makes idle, why it has no effect."""
+        defaults = {item.name: item.default for item in fields(self)}
+        schedule, optimizer = SchedulerType(self.lr_scheduler_type).value, OptimizerNames(self.optim).value
+        idle = {}
+        for name in ("eval", "save", "logging"):
+            strategy: Any = getattr(self, f"{name}_strategy")
+            if strategy != "steps":
+                idle[f"{name}_steps"] = f"{name}_strategy is {strategy.value!r}; set {name}_strategy: steps"
+        if self.warmup_steps is not None:
+            idle["warmup_epochs"] = "warmup_steps is set"
+        if schedule in WITHOUT_WARMUP:
+            idle |= dict.fromkeys(("warmup_epochs", "warmup_steps"), f"the schedule {schedule!r} has no warm-up")
+        if schedule != PAPER_SCHEDULE:
+            idle |= dict.fromkeys(("min_lr", "warmup_lr"), f"lr_scheduler_type is {schedule!r}")
+        idle = {name: why for name, why in idle.items() if getattr(self, name) != defaults[name]}
+        read = {name: defaults[name] for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")}
+        for name, default in read.items():
+            if getattr(self, name) != default and self._optimizer_ignores(name, default):
+                idle[name] = f"the optimizer {optimizer!r} does not read it"
+        pairs = (self.optim_args or "").split(",")
+        for pair in filter(None, pairs):
+            if self._optimizer_ignores("optim_args", ",".join(other for other in pairs if other != pair) or None):
+                idle[f"{pair.strip()!r} of optim_args"] = f"the optimizer {optimizer!r} does not read it"
+        return idle
+
+    def _optimizer_ignores(self, name: str, other_value: object) -> bool:
+        """Compare the optimizer's class and arguments with those that it would have with another value of `name`."""
+        from transformers import Trainer  # slow to import, and hardly ever needed here
+
+        changed = copy(self)
+        setattr(changed, name, other_value)
+        try:
+            return Trainer.get_optimizer_cls_and_kwargs(self) == Trainer.get_optimizer_cls_and_kwargs(changed)
+        except Exception:  # a missing package or model: the optimizer itself says so when it is made
+            return False
 
     def _check_ranges(self) -> None:
-        for name, choices in (("distillation_type", DISTILLATION_TYPES), ("kl_reduction", KL_REDUCTIONS)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -262,6 +345,18 @@ class DistillationConfig(TrainingArguments):
                 f"teacher_record is {self.teacher_record!r} and teacher_replay is {self.teacher_replay!r}: replayed "
                 "teacher outputs are already recorded, so set only one of the two"
             )
+        if self.teacher_image_size is not None and self.teacher_image_size < 1:
+            raise UserError(f"teacher_image_size is {self.teacher_image_size}; it must be 1 or more")
+        if self.balanced_sampling and (self.class_weighting != "none" or self.shuffle_buffer_size == 0):
+            other = "class_weighting" if self.class_weighting != "none" else "shuffle_buffer_size"
+            why = (
+                "small classes would count twice over"
+                if other == "class_weighting"
+                else "the stored order cannot show every class equally often"
+            )
+            raise UserError(
+                f"balanced_sampling is True and {other} is {getattr(self, other)!r}: {why}. Leave out one of the two"
+            )
         if self.teacher_top_k < 1:
             raise UserError(f"teacher_top_k is {self.teacher_top_k}; it must be 1 or more")
         if self.distillation_alpha is not None and not 0 <= self.distillation_alpha <= 1:
@@ -274,7 +369,11 @@ class DistillationConfig(TrainingArguments):
             raise UserError(f"max_bad_images is {self.max_bad_images}; it must be a fraction in [0, 1]")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}; it must be in (0, 1), or left out for no moving average")
-        if self.max_steps <= 0 and not self.warmup_steps and self.warmup_epochs >= self.num_train_epochs:
+        if self.warmup_steps is not None and self.warmup_steps >= 1 and self.warmup_steps % 1:
+            raise UserError(
+                f"warmup_steps is {self.warmup_steps}; it must be a whole number of steps, or a fraction below 1"
+            )
+        if self.max_steps <= 0 and self.get_warmup_steps(100) >= 100 and self.warmup_epochs >= self.num_train_epochs:
             raise UserError(
                 f"warmup_epochs is {self.warmup_epochs:g} and num_train_epochs is {self.num_train_epochs:g}: the run "
                 "would end within its warm-up; lower warmup_epochs or raise num_train_epochs"
@@ -291,7 +390,7 @@ class DistillationConfig(TrainingArguments):
             )
         if not 0 < self.learning_rate < math.inf:
             raise UserError(f"learning_rate is {self.learning_rate:g}; it must be a positive number")
-        if self.lr_scheduler_type == "cosine_warmup_with_min_lr" and self.min_lr > self.learning_rate:
+        if self.lr_scheduler_type == PAPER_SCHEDULE and self.min_lr > self.learning_rate:
             raise UserError(
                 f"min_lr {self.min_lr:g} is above the learning rate {self.learning_rate:g} (batch "
                 f"{self.effective_batch_size}): the cosine would rise; lower min_lr or raise the learning rate"
@@ -326,6 +425,8 @@ class DistillationConfig(TrainingArguments):
             "views of a step": self.effective_batch_size,
             # The device's own random generator fills the erased rectangles.
             "noise of erasing": self.device.type if self.random_erasing_prob else None,
+            # None is what a record lacks that is older than the option.
+            "balanced_sampling": self.balanced_sampling or None,
         }
 
     def loss_options(self) -> dict:
@@ -349,8 +450,13 @@ class DistillationConfig(TrainingArguments):
         return self.train_batch_size * self.world_size * self.gradient_accumulation_steps
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Return `warmup_steps` if set, else `num_training_steps` x `warmup_epochs` / `num_train_epochs`."""
-        if self.warmup_steps:
+        """Return `warmup_steps` if set, else `num_training_steps` x `warmup_epochs` / `num_train_epochs`.
+
+        0 for a schedule without a warm-up.
+        """
+        if SchedulerType(self.lr_scheduler_type).value in WITHOUT_WARMUP:
+            return 0
+        if self.warmup_steps is not None:
             return super().get_warmup_steps(num_training_steps)
         return min(round(num_training_steps * self.warmup_epochs / self.num_train_epochs), num_training_steps)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import DistributedType
@@ -21,11 +22,11 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from ..augmentation.mixing import Mixing, normalize
 from ..augmentation.repeated_augmentation import RepeatedAugmentationSampler
-from ..data.labels import CheckedLabels, check_labels
+from ..data.labels import CheckedLabels, all_labels_of, check_labels, labels_of
 from ..data.views import collate_views
 from ..errors import UserError, refusals_of_libraries
-from ..evaluation.metrics import TopKAccuracy, three_head_accuracy, top_classes
-from ..losses import distillation_loss
+from ..evaluation.metrics import TopKAccuracy, names_of_metrics, three_head_accuracy, top_classes
+from ..losses import distillation_loss, inverse_class_weights
 from ..models.configuration_deit import DeiTConfig
 from ..teachers.fingerprint import fingerprint_of_views
 from ..teachers.recording import RecordingTeacher
@@ -92,7 +93,8 @@ class DistillationTrainer(PublishingTrainer):
         with refusals_of_libraries(), clear_hub_errors(args, lambda: "Training has not begun: fix this first"):
             super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
         self._check_heads_and_teacher(teacher)
-        self._check_best_metric(compute_metrics)
+        if compute_metrics is three_head_accuracy:
+            self._check_best_metric()
         for part, dataset in (("training", self.train_dataset), ("evaluation", self.eval_dataset)):
             check_labels(getattr(dataset, "images", ()), num_labels, part)
         if mean is None or std is None:
@@ -109,6 +111,13 @@ class DistillationTrainer(PublishingTrainer):
             id2label=model.config.id2label,
             quiet=not self.is_world_process_zero(),
         )
+        self.class_weights = None
+        if args.class_weighting == "inverse":
+            labels = all_labels_of(self.train_dataset, "class_weighting")
+            weights = inverse_class_weights(np.bincount(labels, minlength=num_labels))
+            self.class_weights = weights.to(args.device)
+            # The uniform part of smoothed labels weighs all classes, however few their images.
+            self.health.guess *= 1 + args.label_smoothing_factor * (weights.mean().item() - 1)
         self.mixing = Mixing(num_labels, mean, std, **args.mixing_options())
         self._loss_sums: dict[str, Tensor] = {}
         self._batches_summed = 0
@@ -143,20 +152,24 @@ class DistillationTrainer(PublishingTrainer):
                 "recorded teacher outputs, or set distillation_type to 'none' (labels only) or 'label' (both "
                 "heads learn the labels)"
             )
+        if (size := self.args.teacher_image_size) and teacher is not None and teacher.image_size != (size, size):
+            raise UserError(
+                f"teacher_image_size is {size}, but the teacher was loaded for {teacher.image_size or 'any size'}: "
+                "pass load_teacher the same image_size"
+            )
         if kind == "none" and hasattr(self.model, "distillation_classifier"):
             raise UserError(
                 "distillation_type is 'none' and the model has a distillation head, which would stay untrained: set "
                 "use_distillation_token to false (DeiTForImageClassification), or distillation_type to 'label'"
             )
 
-    def _check_best_metric(self, compute_metrics: Callable) -> None:
+    def _check_best_metric(self) -> None:
         metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
-        known = ["loss", "top1", "top5"]
-        if hasattr(self.model, "distillation_classifier"):
-            known += [f"{head}_{rate}" for head in ("class", "distillation") for rate in ("top1", "top5")]
+        heads = 3 if hasattr(self.model, "distillation_classifier") else 1
+        known = names_of_metrics(heads, labels_of(getattr(self.eval_dataset, "images", ())))
         if self.ema is not None:
             known += [f"ema_{name}" for name in known]
-        if compute_metrics is three_head_accuracy and metric not in known:
+        if metric not in known:
             raise UserError(
                 f"metric_for_best_model is {self.args.metric_for_best_model!r}; it must be one of "
                 f"{', '.join(known)}" + (". Accuracy is called 'top1'" if metric == "accuracy" else "")
@@ -165,8 +178,8 @@ class DistillationTrainer(PublishingTrainer):
     # The order of the views
 
     def _get_train_sampler(self, train_dataset=None) -> RepeatedAugmentationSampler:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        batch_size = self.get_total_train_batch_size(self.args)
+        args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
+        batch_size = self.get_total_train_batch_size(args)
         if len(dataset) < batch_size:
             raise UserError(
                 f"one step takes {batch_size} views and the training set has {len(dataset)} images: lower "
@@ -174,32 +187,18 @@ class DistillationTrainer(PublishingTrainer):
             )
         sampler = RepeatedAugmentationSampler(
             len(dataset),
-            self.args.num_repeats,
-            self.args.view_seed,
+            args.num_repeats,
+            args.view_seed,
             batch_size,
             block_sizes=getattr(dataset, "block_sizes", None),
-            shuffle_buffer_size=self.args.shuffle_buffer_size,
+            shuffle_buffer_size=args.shuffle_buffer_size,
+            labels=all_labels_of(dataset, "balanced_sampling") if args.balanced_sampling else None,
         )
-        if sampler.block_sizes is not None and self.is_world_process_zero():
-            self._warn_of_repeated_reading(sampler)
-        return sampler
-
-    def _warn_of_repeated_reading(self, sampler: RepeatedAugmentationSampler) -> None:
-        args = self.args
-        readers = sampler.readers_of_a_block(
-            args.world_size, args.dataloader_num_workers, args.gradient_accumulation_steps
-        )
-        if readers > 1:
-            logger.warning(
-                "streaming: each row group (%d images on average) will be downloaded by %d workers, because %d row "
-                "groups are too few for %d processes x %d workers. Results do not change. Use 1, 2, 4 or 8 workers, a "
-                "larger shuffle_buffer_size, or smaller row groups",
-                sampler.num_images // len(sampler.block_sizes),
-                readers,
-                len(sampler.block_sizes),
-                args.world_size,
-                max(1, args.dataloader_num_workers),
+        if self.is_world_process_zero():
+            sampler.warn_of_repeated_reading(
+                args.world_size, args.dataloader_num_workers, args.gradient_accumulation_steps
             )
+        return sampler
 
     # Optimisation
 
@@ -235,7 +234,9 @@ class DistillationTrainer(PublishingTrainer):
         class_logits = outputs.get("cls_logits", outputs["logits"])
         distillation_logits = outputs.get("distillation_logits")
         losses = distillation_loss(
-            class_logits, distillation_logits, labels, teacher_logits, **self.args.loss_options()
+            *(class_logits, distillation_logits, labels, teacher_logits),
+            **self.args.loss_options(),
+            class_weights=self.class_weights,
         )
         heads = {"class head": class_logits, "distillation head": distillation_logits}
         self.health.see_batch(losses, heads, teacher_logits, labels)

@@ -103,4 +103,6 @@ def accuracy_table(metrics: dict[str, float], held_out: bool = False) -> str:
     for title, prefix in rows.items():
         if f"{prefix}_top1" in metrics:
             lines.append(f"{title:<18}{metrics[f'{prefix}_top1']:>8.4f}{metrics[f'{prefix}_top5']:>8.4f}")
+    if "eval_balanced_accuracy" in metrics:
+        lines.append(f"the classes are uneven: the mean of their top-1 is {metrics['eval_balanced_accuracy']:.4f}")
     return "\n".join(lines)
