@@ -161,9 +161,7 @@ def bad(arguments, message):
         bad("--model_name_or_path {truncated}", "cannot load model '{truncated}': "),
         bad("--model_name_or_path {torch}", "cannot load model '{torch}': "),
         # the teacher
-        bad(
-            "--teacher {nowhere}", "model '{nowhere}' does not exist: there is no such directory"
-        ),
+        bad("--teacher {nowhere}", "model '{nowhere}' does not exist: there is no such directory"),
         bad("--teacher {empty}", "model directory '{empty}' has no config.json. Give a directory"),
         bad("--teacher {no_weights}", "cannot load model '{no_weights}': Error no file named model.safetensors"),
         bad("--teacher timm:resnet5000", "timm has no model 'resnet5000'; close ones are"),

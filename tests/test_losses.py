@@ -1,9 +1,13 @@
 """losses.py against eq. 2 and eq. 3, written out here with logarithms and sums, values and gradients."""
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 
 from hf_deit import distillation_loss, soft_target_cross_entropy
+from hf_deit.losses import inverse_class_weights
 
 
 BATCH, CLASSES = 6, 5
@@ -180,3 +184,42 @@ def test_the_loss_is_the_sum_that_equation_3_writes_to_the_last_bit():
         parts = distillation_loss(logits, taught, torch.arange(4), teacher, alpha=alpha)
         expected = (1 - alpha) * parts["class_loss"] + alpha * parts["distillation_loss"]
         assert torch.equal(parts["loss"], expected)
+
+
+# --- class weights -----------------------------------------------------------------------------------------------
+
+
+def test_inverse_class_weights_are_those_of_scikit_learn():
+    labels = np.repeat([0, 1, 3], [50, 5, 20])
+    expected = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    weights = inverse_class_weights(np.bincount(labels, minlength=5))
+    np.testing.assert_allclose(weights[[0, 1, 3]], expected, rtol=1e-6)
+    assert weights[2] == weights[4] == 0 and weights.dtype == torch.float32
+    assert weights[labels].mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_class_weights_reach_the_labels_and_not_the_teacher(smoothing, mixed):
+    generator = torch.Generator().manual_seed(0)
+    one, other, teacher = torch.randn(3, 12, 4, generator=generator)
+    labels, weights = torch.arange(12) % 4, torch.tensor([0.2, 3.0, 1.0, 0.5])
+    targets = 0.7 * F.one_hot(labels, 4) + 0.3 * F.one_hot(labels.flip(0), 4) if mixed else labels
+    parts = distillation_loss(one, other, targets, teacher, label_smoothing=smoothing, class_weights=weights)
+    stock = torch.nn.CrossEntropyLoss(weights, label_smoothing=smoothing, reduction="sum")
+    torch.testing.assert_close(parts["class_loss"], stock(one, targets) / 12)
+    torch.testing.assert_close(parts["distillation_loss"], F.cross_entropy(other, teacher.argmax(1)))
+    torch.testing.assert_close(parts["loss"], (parts["class_loss"] + parts["distillation_loss"]) / 2)
+    both = distillation_loss(
+        one, other, targets, distillation_type="label", label_smoothing=smoothing, class_weights=weights
+    )
+    torch.testing.assert_close(both["distillation_loss"], stock(other, targets) / 12)
+
+
+def test_weighted_losses_do_not_depend_on_how_a_step_is_cut_into_batches():
+    logits, labels = torch.randn(12, 4, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 4
+    weights = {"class_weights": torch.tensor([0.2, 3.0, 1.0, 0.5]), "distillation_type": "none"}
+    whole = distillation_loss(logits, None, labels, **weights)["loss"]
+    parts = [0, 1, 2, 4, 5, 6], [3, 7, 8, 9, 10, 11]  # the heaviest class is in one of them twice, in the other once
+    halves = [distillation_loss(logits[part], None, labels[part], **weights)["loss"] for part in parts]
+    torch.testing.assert_close(sum(halves) / 2, whole)

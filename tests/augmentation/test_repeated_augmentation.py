@@ -4,6 +4,7 @@ import itertools
 import pickle
 from collections import Counter
 
+import numpy as np
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
@@ -151,3 +152,51 @@ def test_small_sets_of_uneven_blocks_make_whole_epochs(blocks, num_repeats, batc
 def test_blocks_that_do_not_add_up_are_refused():
     with pytest.raises(ValueError, match="the row groups hold 7 images, but the dataset has 8"):
         RepeatedAugmentationSampler(8, block_sizes=[4, 3])
+
+
+# --- classes drawn evenly ----------------------------------------------------------------------------------------
+
+UNEVEN = np.repeat([0, 1, 4], [100, 7, 21])[np.random.default_rng(0).permutation(128)]
+
+
+@pytest.mark.parametrize("num_repeats", [1, 3])
+def test_classes_drawn_evenly_have_as_many_places_and_rare_images_as_many_turns(num_repeats):
+    sampler = RepeatedAugmentationSampler(128, num_repeats, 5, 8, labels=UNEVEN)
+    views = list(sampler)
+    assert [view.position for view in views] == list(range(128)) and len(sampler) == 128
+    drawn = np.array(views)[::num_repeats]
+    for group in range(0, 126, num_repeats):
+        assert len(set(views[group : group + num_repeats])) == 1  # the repeats of an image still stand together
+    places = np.bincount(UNEVEN[drawn])
+    assert sorted(places[places > 0].tolist()) in ([42, 43, 43], [14, 14, 15])
+    turns = np.bincount(drawn, minlength=128)
+    for number in (0, 1, 4):
+        assert np.ptp(turns[number == UNEVEN]) <= 1
+    halves = np.array_split(UNEVEN[drawn], 2)  # in random order, not class after class
+    assert all(set(half) == {0, 1, 4} for half in halves)
+
+
+def test_the_even_order_is_a_function_of_seed_and_epoch_alone():
+    def order(seed, epoch, labels=UNEVEN):
+        sampler = RepeatedAugmentationSampler(128, 3, seed, 8, labels=labels)
+        sampler.set_epoch(epoch)
+        return [int(view) for view in sampler]
+
+    assert order(1, 2) == order(1, 2)
+    assert order(1, 2) != order(1, 3) != order(2, 3)
+    assert order(1, 2) != order(1, 2, labels=None)
+
+
+def test_more_classes_than_places_take_turns():
+    seen = set()
+    sampler = RepeatedAugmentationSampler(128, 3, 0, 8, labels=np.arange(128))
+    for epoch in range(12):
+        sampler.set_epoch(epoch)
+        seen |= set(map(int, sampler))
+    assert len(seen) > 120
+
+
+@pytest.mark.parametrize("fields", [{"labels": UNEVEN[:5]}, {"labels": UNEVEN, "block_sizes": [64, 64]}])
+def test_classes_cannot_be_drawn_evenly_from_a_stream_or_without_all_labels(fields):
+    with pytest.raises(ValueError, match="classes can be drawn evenly from 128 images only if all their labels"):
+        RepeatedAugmentationSampler(128, 3, 0, 8, **fields)

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, recall_score, top_k_accuracy_score
 from transformers import EvalPrediction
 
 from hf_deit.evaluation.metrics import (
@@ -14,6 +14,10 @@ from hf_deit.evaluation.metrics import (
     Disagreement,
     ReaLAccuracy,
     TopKAccuracy,
+    accuracy_by_class,
+    balanced_accuracy,
+    class_sizes,
+    names_of_metrics,
     three_head_accuracy,
     top_classes,
 )
@@ -166,3 +170,31 @@ def test_no_cache_folder_is_needed(monkeypatch):
     monkeypatch.delattr("hf_deit.evaluation.metrics._LocalMetric._build_data_dir")
     with pytest.raises(NotADirectoryError):
         TopKAccuracy()  # a metric of evaluate's own
+
+
+# --- uneven classes ----------------------------------------------------------------------------------------------
+
+
+def test_balanced_accuracy_is_scikit_learns():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 2, 3], [60, 9, 20])
+    decisions = np.where(rng.random(89) < 0.6, labels, rng.integers(0, 5, 89))
+    assert balanced_accuracy(decisions, labels) == pytest.approx(balanced_accuracy_score(labels, decisions))
+    by_class = accuracy_by_class(decisions, labels)
+    recalls = recall_score(labels, decisions, labels=[0, 2, 3], average=None, zero_division=0)
+    assert by_class == pytest.approx(dict(zip([0, 2, 3], recalls, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "uneven"), [([7, 7, 6], False), ([6, 0, 9], True), ([10, 0, 0], False), ([], False)]
+)
+def test_balanced_accuracy_is_measured_where_classes_are_uneven(sizes, uneven):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    assert (class_sizes(labels) is not None) == uneven
+    assert ("balanced_accuracy" in names_of_metrics(3, labels)) == uneven
+    if not len(labels):
+        return
+    best = np.zeros((len(labels), 3, 3), int) + [0, 1, 2]
+    metrics = three_head_accuracy(EvalPrediction((best, np.ones(len(labels))), labels))
+    assert set(metrics) == set(names_of_metrics(3, labels))
+    assert metrics.get("balanced_accuracy", 0.5) == 0.5

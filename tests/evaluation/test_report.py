@@ -126,3 +126,25 @@ def test_every_list_of_models_keeps_the_blanks_of_a_path():
     assert EvaluationArguments(models=["my models/a, b"]).models == ["my models/a", "b"]
     assert AnalysisArguments(models=["my models/a, b", "c"]).models == ["my models/a", "b", "c"]
     assert parse_recipe((AnalysisArguments,), ["--models", "my models/a", "b"])[0].models == ["my models/a", "b"]
+
+
+def test_the_worst_classes_are_named_where_classes_are_uneven(script, stock, tmp_path):
+    """Against scikit-learn, from the decisions of an only head."""
+    for colour, count in zip(COLOURS, (6, 2, 3), strict=True):
+        (tmp_path / "uneven" / "test" / colour).mkdir(parents=True)
+        for number in range(count):
+            image = PillowImage.new("RGB", (16, 16), colour)
+            image.save(tmp_path / "uneven" / "test" / colour / f"{number}.png")
+    arguments = ["--models", stock[1], "--dataset_name", str(tmp_path / "uneven"), "--eval_split", "test"]
+    arguments += ["--num_workers", "0", "--output", str(tmp_path / "report")]
+    result = script.main(arguments)["results"][0]
+    of_class = {name: (measured["accuracy"], measured["images"]) for name, measured in result["classes"].items()}
+    assert {name: images for name, (_, images) in of_class.items()} == {"red": 6, "green": 2, "blue": 3}
+    accuracies = [accuracy for accuracy, _ in of_class.values()]
+    measured = result["heads"][result["own_head"]]
+    assert accuracies == sorted(accuracies)
+    assert measured["balanced_accuracy"] == pytest.approx(sum(accuracies) / 3)
+    assert measured["top1"] == pytest.approx(sum(accuracy * images for accuracy, images in of_class.values()) / 11)
+    (line,) = (line for line in (tmp_path / "report.md").read_text().splitlines() if "uneven" in line)
+    assert f"balanced accuracy (the mean of the classes' top-1) of {stock[1]} at 16" in line
+    assert f"worst classes: {next(iter(of_class))} " in line

@@ -412,3 +412,63 @@ def test_a_python_factory_is_called(tmp_path, monkeypatch):
     assert (
         isinstance(found.model, nn.Linear) and found.name == "python:a_module_of_my_own:build" and found.names is None
     )
+
+
+# --- names that lead nowhere -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a teacher in `outputs`."""
+    monkeypatch.chdir(tmp_path)
+    save_vit(tmp_path / "outputs" / "teacher")
+    (tmp_path / "outputs" / "run" / "checkpoint-10").mkdir(parents=True)
+    (tmp_path / "outputs" / "run" / "checkpoint-10" / "config.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("./outputs/teachr", r"does not exist: there is no such directory \(did you mean 'outputs/teacher'\?\)$"),
+        ("{here}/outputs/teachr", r"does not exist: .*did you mean '.*/outputs/teacher'"),
+        ("./output/teacher", r"does not exist: .*did you mean 'outputs/teacher'"),
+        ("outputs/run/checkpoint-11", r"does not exist: .*did you mean 'outputs/run/checkpoint-10'"),
+        ("./nothing", "does not exist: there is no such directory$"),
+        ("outputs/teachr", r"no such directory \(did you mean 'outputs/teacher'\?\), and from the Hub: "),
+        ("somebody/some-model", "no such directory, and from the Hub: "),
+        ("outputs/run", "has no config.json; outputs/run/checkpoint-10 has one. Give a directory"),
+    ],
+)
+def test_a_mistyped_directory_is_said_to_be_missing_before_the_hub_is_named(here, spec, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        find_classifier(spec.format(here=here))
+    text = str(caught.value)
+    assert "\n" not in text and "Accepted:" not in text and text.find("directory") < (text + "Hub").find("Hub")
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "torchao", "fp8", "compressed-tensors", None])
+def test_quantised_weights_are_said_to_be_quantised(here, method):
+    path = here / "outputs" / "teacher" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {"quant_method": method} if method else {"bits": 4}
+    path.write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=f"are stored quantised .{method or 'method not stated'}.*python:<module>"
+    ) as one:
+        find_classifier("outputs/teacher")
+    assert "\n" not in str(one.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("net.onnx", "an ONNX graph runs in onnxruntime, not in PyTorch; wrap"),
+        ("net.pt2", "a program may run code when it is loaded, so only your own code"),
+        ("net.pth", "name the network that the weights are for, timm:<name>.checkpoint=net.pth"),
+    ],
+)
+def test_a_file_is_told_what_it_is(here, file, message):
+    (here / file).write_bytes(b"content")
+    with pytest.raises(ValueError, match=f"^model '{file}' is a file, not a directory: {message}"):
+        find_classifier(file)

@@ -3,10 +3,13 @@
 import argparse
 import logging
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
 from support.classifiers import ID2LABEL, NAMES, OWN_MEAN, OWN_STD, save_vit
 from torch import nn
 from torch.nn import functional as F
@@ -389,3 +392,85 @@ def test_a_directory_with_a_comma_is_one_teacher(tmp_path):
 def test_a_loaded_teacher_is_returned_as_it_is():
     teacher = load_teacher(TinyConvnet(), **STUDENT)
     assert isinstance(teacher, Teacher) and load_teacher(teacher, **STUDENT) is teacher
+
+
+# --- one size, and other kinds of network ----------------------------------------------------------------------------
+
+
+def seen_sizes(model):
+    sizes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append((*args, *kwargs.values())[0].shape[-1]), with_kwargs=True
+    )
+    return sizes
+
+
+def test_a_stock_vit_with_fixed_positions_gets_views_of_its_size(tmp_path, pixels):
+    model = save_vit(tmp_path)  # 16 pixels, and patches of 8
+    ViTImageProcessorPil(do_normalize=True, image_mean=MEAN, image_std=STD).save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), student_size=24, **STUDENT)
+    resized = F.interpolate(pixels, (16, 16), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(pixels), model(resized).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_timm_network_of_one_size_gets_views_of_it(pixels):
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4)
+    assert network.patch_embed.strict_img_size
+    sizes = seen_sizes(network)
+    load_teacher(network, student_size=24, **STUDENT)(pixels)
+    assert sizes[-1] == 32
+    sizes.clear()
+    load_teacher(network, image_size=32, student_size=24, **STUDENT)(pixels)
+    assert set(sizes) == {32}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["traced", "exported"])
+def test_a_program_of_one_size_gets_views_of_it(pixels, kind):
+    plain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 14 * 14, 4)).eval()
+    example = torch.zeros(2, 3, 16, 16)
+    if kind == "traced":
+        program = torch.jit.trace(plain, example)
+    else:
+        program = torch.export.export(plain, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    with pytest.raises(ValueError, match="could not read a blank 24x24 image"):
+        load_teacher(program, student_size=24, **STUDENT)  # nothing in it says its size
+    teacher = load_teacher(program, student_size=24, image_size=16, **STUDENT)
+    resized = F.interpolate(pixels, (16, 16), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(pixels), plain(resized), atol=1e-5, rtol=1e-5)
+
+
+def test_the_resizing_is_pillows_bicubic():
+    """Of a photo, before its bytes are rounded: at most a level and a half of 255 away, at overshooting edges apart."""
+    image = Image.fromarray(load_sample_image("flower.jpg")[:240, :240])
+    pixels = torch.tensor(np.array(image)).permute(2, 0, 1)[None].float() / 255
+    network = TinyConvnet()
+    seen = []
+    network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    load_teacher(network, image_size=96, id2label=ID2LABEL, mean=(0, 0, 0), std=(1, 1, 1))(pixels)
+    expected = np.array(image.resize((96, 96), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
+    assert np.abs(seen[-1][0].clamp(0, 1).numpy() - expected).max() < 1.5 / 255
+
+
+def test_an_onnx_session_in_a_module_teaches(tmp_path, pixels):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    plain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 14 * 14, 4)).eval()
+    path, example = str(tmp_path / "net.onnx"), torch.zeros(2, 3, 16, 16)
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(plain, (example,), path, input_names=["pixels"], dynamic_shapes=shapes, verbose=False)
+
+    class Session(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+        def forward(self, pixels):
+            return torch.from_numpy(self.session.run(None, {"pixels": pixels.contiguous().numpy()})[0])
+
+    teacher = load_teacher(Session(), student_size=24, image_size=16, **STUDENT)
+    resized = F.interpolate(pixels, (16, 16), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(pixels), plain(resized), atol=1e-4, rtol=1e-4)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.runs import NO_CHANCE, streamed, student, trainer
+from support.runs import NO_CHANCE, ConvTeacher, streamed, student, trainer
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, default_data_collator
@@ -464,3 +465,95 @@ def test_evaluation_with_a_damaged_image_stops_and_names_it(tiny_images, tmp_pat
     images["eval"][11] = file_rows(["/nowhere/11.jpg"])[0]
     with pytest.raises(ValueError, match=r"evaluation image number 11 \(path /nowhere/11.jpg\) is damaged: cannot be"):
         trainer(images, tmp_path, max_bad_images=1).evaluate()
+
+
+# --- classes of unequal size ---------------------------------------------------------------------------------------
+
+
+def uneven(images):
+    """40 red, 6 green and 2 blue images."""
+    labels = np.array(images["train"]["label"])
+    wanted = np.concatenate([np.flatnonzero(labels == 0).repeat(3)[:40], np.flatnonzero(labels == 1)[:6]])
+    return images | {"train": images["train"].select(np.append(wanted, np.flatnonzero(labels == 2)[:2]))}
+
+
+def test_class_weights_are_those_of_the_training_set_and_reach_the_loss(tiny_images, tmp_path):
+    built = trainer(uneven(tiny_images()), tmp_path, class_weighting="inverse", **NO_CHANCE)
+    torch.testing.assert_close(built.class_weights, 48 / (3 * torch.tensor([40.0, 6.0, 2.0])))
+    batch = built._prepare_inputs(next(iter(built.get_train_dataloader())))
+    pixels = built.mixing(batch["pixel_values"], batch["labels"], batch["view_seeds"])[0]
+    with torch.no_grad():
+        loss = built.compute_loss(built.model.eval(), batch)
+        outputs, teacher = built.model(pixel_values=pixels), built.teacher(pixels)
+    weighted = F.cross_entropy(
+        outputs["cls_logits"], batch["labels"], built.class_weights, reduction="sum", label_smoothing=0.1
+    )
+    taught = F.cross_entropy(outputs["distillation_logits"], teacher.argmax(1))
+    torch.testing.assert_close(loss, weighted / 8 / 2 + taught / 2)
+    assert built.evaluate()["eval_loss"] == pytest.approx(
+        trainer(uneven(tiny_images()), tmp_path, **NO_CHANCE).evaluate()["eval_loss"]
+    )
+
+
+def test_balanced_sampling_shows_every_class_equally_often(tiny_images, tmp_path):
+    built = trainer(uneven(tiny_images()), tmp_path, balanced_sampling=True)
+    labels = torch.cat([batch["labels"] for batch in built.get_train_dataloader()])
+    assert sorted(labels.bincount().tolist()) == [15, 15, 18]  # 16 places of 3 views
+    assert built.args.view_settings()["balanced_sampling"] is True
+    assert trainer(tiny_images(), tmp_path).args.view_settings()["balanced_sampling"] is None
+
+
+def test_a_balanced_run_resumes_bit_for_bit(tiny_images, tmp_path):
+    images, options = uneven(tiny_images()), {"balanced_sampling": True, "save_strategy": "steps", "save_steps": 4}
+    whole = trainer(images, tmp_path / "whole", **options, num_train_epochs=2)
+    whole.train()
+    resumed = trainer(images, tmp_path / "resumed", **options, num_train_epochs=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    for (name, one), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("options", [{"balanced_sampling": True}, {"class_weighting": "inverse"}])
+def test_a_stream_does_not_know_the_sizes_of_its_classes(tiny_images, tmp_path, options):
+    images = streamed(tiny_images(), tmp_path)
+    with pytest.raises(ValueError, match=f"^{next(iter(options))} needs the labels of all training images") as caught:
+        trainer(images, tmp_path / "out", **options).get_train_dataloader()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"balanced_sampling": True, "class_weighting": "inverse"}, "balanced_sampling is True and class_weighting"),
+        ({"balanced_sampling": True, "shuffle_buffer_size": 0}, "balanced_sampling is True and shuffle_buffer_size"),
+        ({"class_weighting": "some"}, "class_weighting is 'some'; choose one of none, inverse"),
+        ({"teacher_image_size": 0}, "teacher_image_size is 0; it must be 1 or more"),
+        ({"teacher_image_size": 8}, r"teacher_image_size is 8, but the teacher was loaded for \(16, 16\)"),
+    ],
+)
+def test_options_of_classes_and_teacher_that_do_not_fit(tiny_images, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tiny_images(), tmp_path, **options)
+
+
+def test_balanced_accuracy_chooses_the_best_checkpoint_of_an_uneven_set(tiny_images, tmp_path):
+    images = uneven(tiny_images())
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "balanced_accuracy", "save_strategy": "epoch"}
+    with pytest.raises(ValueError, match="metric_for_best_model is 'balanced_accuracy'; it must be one of loss, top1"):
+        trainer(images, tmp_path / "even", eval_strategy="epoch", **best)
+    ran = trainer(images | {"eval": images["train"]}, tmp_path / "uneven", eval_strategy="epoch", **best)
+    ran.train()
+    assert ran.state.best_metric == ran.state.log_history[-2]["eval_balanced_accuracy"]
+
+
+def test_a_teacher_sees_views_of_its_size(tiny_images, tmp_path):
+    """`teacher_image_size` is part of the settings that a record is for."""
+    network = ConvTeacher()
+    sizes = []
+    network.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape[-2:])))
+    options = {"id2label": None, "mean": (0.5,) * 3, "std": (0.5,) * 3, "student_size": 16}
+    teacher = load_teacher(network, image_size=24, **options)
+    sizes.clear()
+    ran = trainer(tiny_images(), tmp_path, teacher=teacher, teacher_image_size=24, max_steps=1)
+    ran.train()
+    assert set(sizes) == {(24, 24)} and ran.args.view_settings()["teacher_image_size"] == 24

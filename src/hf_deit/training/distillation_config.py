@@ -298,6 +298,11 @@ class DistillationConfig(TrainingArguments):
             idle |= dict.fromkeys(("warmup_epochs", "warmup_steps"), f"the schedule {schedule!r} has no warm-up")
         if schedule != PAPER_SCHEDULE:
             idle |= dict.fromkeys(("min_lr", "warmup_lr"), f"lr_scheduler_type is {schedule!r}")
+        for name, needed in (("fsdp_config", "fsdp"), ("activation_checkpointing_kwargs", "activation_checkpointing")):
+            if not getattr(self, needed):
+                idle[name] = f"{needed} is not set"
+        if self.use_cpu:
+            idle["ddp_timeout"] = "Transformers sets it for processes on accelerators only"
         idle = {name: why for name, why in idle.items() if getattr(self, name) != defaults[name]}
         read = {name: defaults[name] for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_target_modules")}
         for name, default in read.items():
