@@ -123,6 +123,7 @@ def test_three_heads_are_told_apart(scores_and_labels):
     for head, prefix in {"fused": "", "class": "class_", "distillation": "distillation_"}.items():
         for k in (1, 5):
             expected[f"{prefix}top{k}"] = top_k_accuracy_score(labels, heads[head], k=k)
+    expected["balanced_accuracy"] = balanced_accuracy_score(labels, heads["fused"].argmax(axis=1))
     assert metrics == pytest.approx(expected)
     assert metrics["top1"] > metrics["class_top1"] > metrics["distillation_top1"]
 
@@ -131,7 +132,8 @@ def test_one_head_has_no_head_names(scores_and_labels):
     scores, labels = scores_and_labels
     metrics = three_head_accuracy(EvalPrediction((best_of(scores)[:, None], np.ones(300, np.float32)), labels))
     top1, top5 = (top_k_accuracy_score(labels, scores, k=k) for k in (1, 5))
-    assert metrics == pytest.approx({"loss": 1.0, "top1": top1, "top5": top5})
+    balanced = balanced_accuracy_score(labels, scores.argmax(axis=1))
+    assert metrics == pytest.approx({"loss": 1.0, "top1": top1, "top5": top5, "balanced_accuracy": balanced})
 
 
 def test_other_numbers_of_heads_are_refused():
@@ -194,7 +196,7 @@ def test_balanced_accuracy_is_measured_where_classes_are_uneven(sizes, uneven):
     assert ("balanced_accuracy" in names_of_metrics(3, labels)) == uneven
     if not len(labels):
         return
-    best = np.zeros((len(labels), 3, 3), int) + [0, 1, 2]
+    best = np.tile(np.arange(3), (len(labels), 3, 1))
     metrics = three_head_accuracy(EvalPrediction((best, np.ones(len(labels))), labels))
     assert set(metrics) == set(names_of_metrics(3, labels))
     assert metrics.get("balanced_accuracy", 0.5) == 0.5

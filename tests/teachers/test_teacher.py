@@ -434,7 +434,7 @@ def test_a_program_of_one_size_gets_views_of_it(pixels, kind):
         program = torch.jit.trace(plain, example)
     else:
         program = torch.export.export(plain, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    with pytest.raises(ValueError, match="could not read a blank 24x24 image"):
+    with pytest.raises(ValueError, match="could not read a blank 24x24 .*teacher_image_size in a"):
         load_teacher(program, student_size=24, **STUDENT)  # nothing in it says its size
     teacher = load_teacher(program, student_size=24, image_size=16, **STUDENT)
     resized = F.interpolate(pixels, (16, 16), mode="bicubic", antialias=True)
@@ -443,7 +443,7 @@ def test_a_program_of_one_size_gets_views_of_it(pixels, kind):
 
 
 def test_the_resizing_is_pillows_bicubic():
-    """Of a photo, before its bytes are rounded: at most a level and a half of 255 away, at overshooting edges apart."""
+    """Of a photo; Pillow rounds to bytes and clips after each of two passes, so a few pixels at edges differ more."""
     image = Image.fromarray(load_sample_image("flower.jpg")[:240, :240])
     pixels = torch.tensor(np.array(image)).permute(2, 0, 1)[None].float() / 255
     network = TinyConvnet()
@@ -451,7 +451,8 @@ def test_the_resizing_is_pillows_bicubic():
     network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     load_teacher(network, image_size=96, id2label=ID2LABEL, mean=(0, 0, 0), std=(1, 1, 1))(pixels)
     expected = np.array(image.resize((96, 96), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
-    assert np.abs(seen[-1][0].clamp(0, 1).numpy() - expected).max() < 1.5 / 255
+    levels = 255 * np.abs(seen[-1][0].clamp(0, 1).numpy() - expected)
+    assert levels.mean() < 0.5 and levels.max() < 4
 
 
 def test_an_onnx_session_in_a_module_teaches(tmp_path, pixels):

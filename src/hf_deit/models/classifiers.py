@@ -150,6 +150,9 @@ def _describe(model: nn.Module, name: str) -> FoundClassifier:
         **_mapping(getattr(config, "pretrained_cfg", None)),
     }
     size = pixels.get("input_size", [None])[1:] or getattr(config, "image_size", None)
+    patches = getattr(inner, "patch_embed", None)
+    if getattr(patches, "strict_img_size", False):  # timm's, made with another img_size than its pretrained_cfg says
+        size = getattr(patches, "img_size", None) or size
     return FoundClassifier(
         model,
         name,

@@ -40,9 +40,10 @@ class FrozenClassifier(nn.Module):
         class_order: for each wanted class the network's number of that class; None where the two orders are equal.
     """
 
-    role = "model"  # the three words that messages use for the network, for what names the classes, and for the remedy
+    role = "model"  # what messages call the network, what names its classes, the remedy, the option of its size
     owner_of_classes = "dataset"
     remedy = "Fine-tune the model on this dataset first"
+    size_option = "image_size"
     num_labels: int
     numbers_are_names = True  # whether "0", "1", "2", ... in this order are names to compare
 
@@ -136,7 +137,7 @@ class FrozenClassifier(nn.Module):
             raise UserError(
                 f"{self.role} {self.name!r} could not read a blank {size[0]}x{size[1]} image ({_cause(error)}). "
                 f"The network's own size: {own}. If it takes another size, set default_cfg = "
-                "{'input_size': (3, height, width)} on the network, or pass image_size"
+                "{'input_size': (3, height, width)} on the network, or pass " + self.size_option
             ) from error
 
     def match_classes(self, names: Sequence[str] | None, num_labels: int | None, trust_class_order: bool) -> str:

@@ -190,6 +190,7 @@ class _Member(FrozenClassifier):
 
     role = "teacher"
     owner_of_classes = "student"
+    size_option = "image_size (teacher_image_size in a recipe)"
     remedy = "Fine-tune the teacher on the student's dataset first: recipes/run_teacher.py"
 
     def __init__(self, found: FoundClassifier, mean, std, sizes, device, dtype, folds: bool):

@@ -240,7 +240,7 @@ class DistillationConfig(TrainingArguments):
         self._check_ranges()
         self._resolve_learning_rate()
         if self.lr_scheduler_type == PAPER_SCHEDULE:
-            given: dict = self.lr_scheduler_kwargs or {}  # a text has been parsed by now
+            given: Any = self.lr_scheduler_kwargs or {}  # a text has been parsed by now
             peak = float(self.learning_rate or 0)
             lowest = {} if "min_lr_rate" in given else {"min_lr": self.min_lr}
             self.lr_scheduler_kwargs = {**lowest, "warmup_lr_rate": min(self.warmup_lr / peak, 1.0), **given}
