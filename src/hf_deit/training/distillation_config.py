@@ -378,7 +378,8 @@ class DistillationConfig(TrainingArguments):
             raise UserError(
                 f"warmup_steps is {self.warmup_steps}; it must be a whole number of steps, or a fraction below 1"
             )
-        if self.max_steps <= 0 and self.get_warmup_steps(100) >= 100 and self.warmup_epochs >= self.num_train_epochs:
+        warms_up_by_epochs = self.warmup_steps is None and self.lr_scheduler_type not in WITHOUT_WARMUP
+        if self.max_steps <= 0 and warms_up_by_epochs and self.warmup_epochs >= self.num_train_epochs:
             raise UserError(
                 f"warmup_epochs is {self.warmup_epochs:g} and num_train_epochs is {self.num_train_epochs:g}: the run "
                 "would end within its warm-up; lower warmup_epochs or raise num_train_epochs"

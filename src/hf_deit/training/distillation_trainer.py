@@ -93,10 +93,10 @@ class DistillationTrainer(PublishingTrainer):
         with refusals_of_libraries(), clear_hub_errors(args, lambda: "Training has not begun: fix this first"):
             super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
         self._check_heads_and_teacher(teacher)
-        if compute_metrics is three_head_accuracy:
-            self._check_best_metric()
         for part, dataset in (("training", self.train_dataset), ("evaluation", self.eval_dataset)):
             check_labels(getattr(dataset, "images", ()), num_labels, part)
+        if compute_metrics is three_head_accuracy:
+            self._check_best_metric()
         if mean is None or std is None:
             if self.processing_class is None:
                 raise UserError("mean and std of the pixels are unknown: pass processing_class, or mean and std")
