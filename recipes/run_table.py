@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from hf_deit.errors import run_script
+from hf_deit.paper.claims import claims_markdown
 from hf_deit.paper.scheduler import Scheduler
 from hf_deit.paper.sweep import Sweep
 from hf_deit.plots.tables import plot_table
@@ -27,7 +28,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "tables", nargs="+", help="names of recipes/tables/*.yaml; runs that several tables share are done once"
     )
     parser.add_argument("--scale", default="small", help="name of recipes/scales/*.yaml")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each row is run once for each seed")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="each row is run once for each seed; default: the scale's"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the machine's cores")
     parser.add_argument(
         "--launcher", default=sys.executable, help="command that starts a run, for example 'accelerate launch ...'"
@@ -52,9 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     for each in sweeps:
         name = args.results / args.scale / f"table_{each.table}"
         name.parent.mkdir(parents=True, exist_ok=True)  # if every run failed
-        name.with_suffix(".md").write_text(f"{each.title}\n\n{each.markdown()}", "utf-8")
-        plot_table(each.points(), name.with_suffix(".png"), title=each.title, lines=each.is_a_line)
-        print(each.title, each.markdown(), sep="\n\n")
+        title = f"{each.title}\n{each.caption}"
+        parts = "\n".join(part for part in (each.markdown(), claims_markdown(each)) if part)
+        name.with_suffix(".md").write_text(f"{title}\n\n{parts}", "utf-8")
+        plot_table(each.points(), name.with_suffix(".png"), title=title, lines=each.is_a_line)
+        print(title, parts, sep="\n\n")
     if failed:
         sys.exit("\n".join(failed))
 

@@ -13,6 +13,7 @@ from support.sweeps import FILES, made_up_sweep, write_recipes
 
 from hf_deit import DataArguments, DistillationConfig, ModelArguments, parse_recipe
 from hf_deit.arguments import ClassifierArguments
+from hf_deit.paper.claims import claims_of
 from hf_deit.paper.sweep import Sweep, mean_and_deviation, mean_and_interval
 
 
@@ -72,6 +73,53 @@ def test_a_run_comes_after_its_teacher_and_the_student_it_starts_from(sweep):
     assert teacher.keys["num_train_epochs"] == 8 and "hidden_size" not in teacher.keys
     tuned = little.runs[stems.index("imagenet/deit_base_384-model_name_or_path=no_erasing-seed1")]
     assert tuned.keys["model_name_or_path"] == "outputs/little/ablations/no_erasing-seed1"
+
+
+def test_a_subset_is_drawn_by_the_seed_so_each_seed_has_its_teacher(sweep, tmp_path):
+    """Of the same images; of the student's length where the table says so."""
+    path = tmp_path / "recipes/scales/little.yaml"
+    path.write_text(yaml.safe_dump(FILES["scales/little"] | {"unless_said": {"max_train_samples": 2500}}))
+    keys = {"max_train_samples": 5000, "num_train_epochs": 150}
+    for teacher_too, length in ((False, 8), (True, 15)):
+        columns = {
+            "2,500": {"recipe": "{}"},
+            "5,000": {"recipe": "{}", "keys": keys, "teacher_too": teacher_too},
+        }
+        table = FILES["tables/a"] | {
+            "columns": columns,
+            "rows": [{"name": "token", "recipe": "imagenet/deit_base_distilled"}],
+        }
+        (tmp_path / "recipes/tables/a.yaml").write_text(yaml.safe_dump(table))
+        little = sweep("little")
+        found = {(cell.column, seed): little.run_of(cell, seed) for cell in little.cells for seed in (0, 1)}
+        for (column, seed), run in found.items():
+            (teacher,) = run.needs
+            assert run.keys["teacher"] == teacher.keys["output_dir"] and teacher.seed == run.seed == seed
+            if column == "2,500" or teacher_too:
+                assert (
+                    run.keys["max_train_samples"] == teacher.keys["max_train_samples"] == int(column.replace(",", ""))
+                )
+        assert found["5,000", 0].epochs == 15 and found["2,500", 0].epochs == 30
+        assert found["5,000", 0].needs[0].epochs == length and found["2,500", 0].needs[0].epochs == 8
+        assert len({run.teacher_record for run in found.values()}) == 4
+
+
+def test_a_scale_like_another_has_its_fields_rows_and_seeds(sweep, tmp_path):
+    scales = tmp_path / "recipes/scales"
+    (scales / "little.yaml").write_text(yaml.safe_dump(FILES["scales/little"] | {"seeds": {"default": 2, "a": 4}}))
+    (scales / "twin.yaml").write_text(yaml.safe_dump({"like": "little", "data": {"dataset_name": "digits"}}))
+    little, twin = sweep("little", None), sweep("twin", None)
+    assert little.seeds == twin.seeds == (0, 1, 2, 3)
+    assert sweep("paper", None).seeds == (0, 1, 2)
+    assert [cell.row for cell in little.cells] == [cell.row for cell in twin.cells]
+    for one, other in zip(little.runs, twin.runs, strict=True):
+        differs = {key for key in one.keys if one.keys[key] != other.keys[key]}
+        assert differs - {"teacher", "model_name_or_path"} == {"dataset_name", "output_dir"}
+
+
+def test_the_caption_says_what_the_runs_have_in_common(sweep):
+    assert sweep("little", [0, 1, 2]).caption == "cifar10, 3 seeds"  # lengths and sizes differ by column
+    assert sweep("paper", [0]).caption == "imagenet-1k, 1 seed"
 
 
 def test_a_finished_run_is_not_done_again_unless_its_settings_changed(sweep, tmp_path):
@@ -162,17 +210,24 @@ def test_an_unknown_table_is_refused_with_the_known_ones(sweep, tmp_path):
 
 
 RECIPES = ROOT / "recipes"
-ONLY_AT_THE_PAPERS_SCALE = {"7", "from_scratch"}
+NOT_AT_A_SCALE = {
+    "paper": {"data", "added"},
+    "small": {"7", "from_scratch", "data", "added"},
+    "starved": {"7", "8", "10", "from_scratch"},
+    "starved_fashion": {"7", "8", "10", "from_scratch"},
+    "starved_table9": {"7", "10", "from_scratch"},
+}
 
 
-@pytest.mark.parametrize("scale", ["paper", "small"])
+@pytest.mark.parametrize("scale", sorted(NOT_AT_A_SCALE))
 @pytest.mark.parametrize("table", sorted(path.stem for path in (RECIPES / "tables").glob("*.yaml")))
 def test_every_table_has_its_recipes(table, scale, tmp_path):
     each = Sweep(table, scale, [0], recipes=RECIPES, results=tmp_path)
-    if scale == "small" and table in ONLY_AT_THE_PAPERS_SCALE:
-        with pytest.raises(ValueError, match="has no rows at the scale 'small'"):
+    if table in NOT_AT_A_SCALE[scale]:
+        with pytest.raises(ValueError, match=f"has no rows at the scale '{scale}'"):
             print(each.runs)
         return
+    claims_of(each)
     for run in each.runs:
         assert (RECIPES / f"{run.name.split('-')[0]}.yaml").exists()
         recipe = tmp_path / "recipe.yaml"

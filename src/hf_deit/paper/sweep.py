@@ -3,7 +3,8 @@
 A table (`recipes/tables/*.yaml`) names recipes and the paper's numbers; a scale (`recipes/scales/*.yaml`) names the
 changes for machines without eight GPUs and ImageNet. Both are data. A finished run is one small JSON file.
 
-Not here: starting the runs (`scheduler.py`) and drawing (`plots/tables.py`).
+Not here: starting the runs (`scheduler.py`), what the numbers say of the paper's claims (`claims.py`) and drawing
+(`plots/tables.py`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 import numpy as np
 import yaml
@@ -43,6 +45,7 @@ class Scale:
     """The changes that a scale makes to every recipe. The fields are the keys of `recipes/scales/<name>.yaml`.
 
     Attributes:
+        like: a scale whose fields hold where this one does not set them.
         epochs: factor of the recipe's `num_train_epochs` (300 if the recipe has none).
         image_sizes: from the recipe's image size to this scale's, pixels.
         student: keys that replace those of a student's recipe.
@@ -51,10 +54,12 @@ class Scale:
         unless_said: keys added to every recipe that does not set them.
         teachers: from the value of a recipe's `teacher` or `teacher_recipe` to the recipe of the teacher that stands
             in for it.
+        seeds: number of seeds by table, and of the tables that are not named: `{default: 3, figure3: 5}`.
         views_per_second: speed of one run at a time, for the estimate before any run is finished.
     """
 
     name: str
+    like: str | None = None
     epochs: float = 1.0
     image_sizes: dict[int, int] = field(default_factory=dict)
     student: dict = field(default_factory=dict)
@@ -62,12 +67,19 @@ class Scale:
     data: dict = field(default_factory=dict)
     unless_said: dict = field(default_factory=dict)
     teachers: dict[str, str] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
     views_per_second: float | None = None
 
-    def keys_of(self, name: str, recipe: dict) -> dict:
-        """The recipe's keys at this scale. Recipes in the folder of the scale's name already have its epochs."""
+    def keys_of(self, name: str, recipe: dict, added: Mapping = MappingProxyType({})) -> dict:
+        """The keys of a recipe, and of a table that adds some, at this scale.
+
+        Recipes in the folder of the scale's name (or that of the scale it is like) already have its epochs; the epochs
+        of a table are the paper's.
+        """
+        own_epochs = name.split("/")[0] in (self.name, self.like) and "num_train_epochs" not in added
+        recipe = recipe | dict(added)
         keys = self.unless_said | recipe | self.data
-        if self.epochs != 1 and not name.startswith(f"{self.name}/"):
+        if self.epochs != 1 and not own_epochs:
             keys["num_train_epochs"] = float(recipe.get("num_train_epochs", 300)) * self.epochs
         if not name.endswith("_teacher"):
             keys |= self.student | (self.fine_tuning if "model_name_or_path" in recipe else {})
@@ -140,6 +152,7 @@ class Cell:
     keys: dict
     metric: str
     paper: float | None
+    teacher_keys: dict = field(default_factory=dict)
 
 
 class Sweep:
@@ -150,9 +163,10 @@ class Sweep:
             where the row's goes, `keys`, `metric`), `rows` (`name`, `recipe`, `keys`, `metric`; `paper`: top-1 in
             percent, one per column, "-" for a cell that does not exist; `columns`: columns of this row that replace
             the table's), and `leave_out`: names of the rows and columns that a scale does not run. `plot: lines`: the
-            picture has the columns as an axis.
+            picture has the columns as an axis. `teacher_too: true` in a column: its keys are also the teacher's.
+            `claims`: what the paper says about differences; see `claims.py`.
         scale: `recipes/scales/<scale>.yaml`, see [`Scale`].
-        seeds: each row is run once for each seed.
+        seeds: each row is run once for each seed; None: the scale's number of seeds, from 0.
         recipes: the folder of recipes.
         results: the folder of finished runs; a run's file is `<scale>/<name>-seed<seed>.json`.
 
@@ -164,17 +178,20 @@ class Sweep:
         self,
         table: str,
         scale: str,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | None = None,
         *,
         recipes: str | os.PathLike,
         results: str | os.PathLike,
     ):
         self.recipes, self.results = Path(recipes), Path(results) / scale
-        self.table, self.seeds = table, tuple(seeds)
-        self.scale = Scale(name=scale, **self._read("scales", scale))
+        self.table = table
+        self.scale = Scale(name=scale, **self._fields_of_scale(scale))
+        number = self.scale.seeds.get(table, self.scale.seeds.get("default", 3))
+        self.seeds = tuple(range(number) if seeds is None else seeds)
         self._content = self._read("tables", table)
         self.title: str = self._content["title"]
         self.is_a_line: bool = self._content.get("plot") == "lines"
+        self.said: list[dict] = self._content.get("claims", [])
 
     def _read(self, folder: str, name: str) -> dict:
         known = sorted(path.stem for path in (self.recipes / folder).glob("*.yaml"))
@@ -182,10 +199,15 @@ class Sweep:
             raise UserError(f"there is no {name!r} in recipes/{folder}; there are {', '.join(known)}")
         return _read(self.recipes / folder / f"{name}.yaml")
 
+    def _fields_of_scale(self, name: str) -> dict:
+        fields = self._read("scales", name)
+        return self._fields_of_scale(fields["like"]) | fields if "like" in fields else fields
+
     @cached_property
     def cells(self) -> list[Cell]:
         """The cells of the table at this scale, row by row."""
-        left_out = self._content.get("leave_out", {}).get(self.scale.name, [])
+        leave_out = self._content.get("leave_out", {})
+        left_out = leave_out.get(self.scale.name, leave_out.get(self.scale.like, []))
         cells = []
         for row in self._content["rows"]:
             for number, (name, column) in enumerate(self._content["columns"].items()):
@@ -204,6 +226,7 @@ class Sweep:
                         },
                         row.get("metric", column.get("metric", "eval_top1")),
                         paper[number] if paper else None,
+                        column.get("keys", {}) if column.get("teacher_too") else {},
                     )
                 )
         if not cells:
@@ -212,15 +235,25 @@ class Sweep:
             )
         return cells
 
+    def check_places(self, terms: Sequence[str | Sequence[str]]) -> None:
+        """Refuse a term that is no row of the table, or no pair of a row and a column, at any scale."""
+        rows, columns = {row["name"] for row in self._content["rows"]}, self._content["columns"]
+        for term in terms:
+            row, *column = [term] if isinstance(term, str) else term
+            if row not in rows or not set(column) <= set(columns):
+                raise UserError(
+                    f"a claim of {self.title!r} names {term!r}; expected a row, or a row and a column, of the table"
+                )
+
     def run_of(self, cell: Cell, seed: int) -> Run:
         """The run whose metric is the cell's number."""
-        return self._run(cell.recipe, cell.keys, seed)
+        return self._run(cell.recipe, cell.keys, seed, cell.teacher_keys)
 
-    def _run(self, recipe: str, added: dict, seed: int) -> Run:
+    def _run(self, recipe: str, added: dict, seed: int, teacher_added: Mapping = MappingProxyType({})) -> Run:
         path = self.recipes / f"{recipe}.yaml"
         if not path.exists():
             raise UserError(f"{self.title!r} names recipes/{recipe}.yaml, which does not exist")
-        keys = self.scale.keys_of(recipe, _read(path) | added)
+        keys = self.scale.keys_of(recipe, _read(path), added)
         needs = []
 
         def output_of(needed: Run) -> str:
@@ -232,9 +265,11 @@ class Sweep:
         if named and keys.get("distillation_type", "hard") in ("hard", "soft"):
             stand_in = str(self.scale.teachers.get(named, named))
             teacher = _recipe_of(stand_in) or stand_in
-            # One teacher for all seeds of the student, as in the paper.
+            # One teacher for all seeds of the student, as in the paper. A subset of the images is drawn by the seed:
+            # then each seed has a teacher, which knows the student's images and no others.
+            of_seed = seed if "max_train_samples" in keys else self.seeds[0]
             is_recipe = (self.recipes / f"{teacher}.yaml").exists()
-            keys["teacher"] = output_of(self._run(teacher, {}, self.seeds[0])) if is_recipe else stand_in
+            keys["teacher"] = output_of(self._run(teacher, dict(teacher_added), of_seed)) if is_recipe else stand_in
         if start := _recipe_of(keys.get("model_name_or_path", "")):
             keys["model_name_or_path"] = output_of(self._run(start, {}, seed))
         name = "-".join([recipe, *(f"{key}={PurePosixPath(str(value)).name}" for key, value in added.items())])
@@ -315,6 +350,24 @@ class Sweep:
             for seed, result in results.items()
             if result is not None and cell.metric in result["metrics"]
         }
+
+    @property
+    def caption(self) -> str:
+        """What the table's runs have in common: dataset, number of images, epochs, size of the images, seeds."""
+        students = [self.run_of(cell, self.seeds[0]).keys for cell in self.cells]
+
+        def common(key: str, text: str, default: object = None) -> list[str]:
+            values = {keys.get(key, default) for keys in students}
+            value = values.pop()
+            return [text.format(value)] if not values and value is not None else []
+
+        facts = [
+            *common("dataset_name", "{}", "imagenet-1k"),
+            *common("max_train_samples", "{:,} training images"),
+            *common("num_train_epochs", "{:g} epochs", 300),
+            *common("image_size", "{} pixels", 224),
+        ]
+        return ", ".join([*facts, f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)}"])
 
     def points(self) -> list[tuple[str, str, list[float], float | None]]:
         """Row, column, measured values (percent, one per seed) and the paper's number of each cell."""
