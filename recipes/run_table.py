@@ -38,6 +38,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset_name", help="directory of the scale's dataset on this machine")
     parser.add_argument("--data_dir", help="directory of the official files, for a registered dataset")
     parser.add_argument("--plan", action="store_true", help="print the plan, run nothing")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="run nothing; write tables and pictures of the runs that are finished"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished runs and tables")
     return parser.parse_args(argv)
 
@@ -51,14 +54,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         return
     data = {"dataset_name": args.dataset_name, "data_dir": args.data_dir}
-    failed = Scheduler(RECIPES, args.launcher, args.jobs, data).run_all(sweeps)
+    failed = [] if args.rebuild else Scheduler(RECIPES, args.launcher, args.jobs, data).run_all(sweeps)
     for each in sweeps:
         name = args.results / args.scale / f"table_{each.table}"
         name.parent.mkdir(parents=True, exist_ok=True)  # if every run failed
         title = f"{each.title}\n{each.caption}"
         parts = "\n".join(part for part in (each.markdown(), claims_markdown(each)) if part)
         name.with_suffix(".md").write_text(f"{title}\n\n{parts}", "utf-8")
-        plot_table(each.points(), name.with_suffix(".png"), title=title, lines=each.is_a_line)
+        if any(values for _, _, values, _ in each.points()):
+            plot_table(each.points(), name.with_suffix(".png"), title=title, lines=each.is_a_line)
         print(title, parts, sep="\n\n")
     if failed:
         sys.exit("\n".join(failed))

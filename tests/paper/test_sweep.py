@@ -211,6 +211,7 @@ def test_an_unknown_table_is_refused_with_the_known_ones(sweep, tmp_path):
 
 RECIPES = ROOT / "recipes"
 NOT_AT_A_SCALE = {
+    "gpu": {"2", "7", "8", "10", "data", "added", "figure3", "fine_tuning", "from_scratch", "tokens"},
     "paper": {"data", "added"},
     "small": {"7", "from_scratch", "data", "added"},
     "starved": {"7", "8", "10", "from_scratch"},
@@ -240,3 +241,21 @@ def test_the_plan_names_the_runs(tmp_path):
     command = [sys.executable, str(RECIPES / "run_table.py"), "3", "--scale", "small", "--plan", "--seeds", "7"]
     done = subprocess.run([*command, "--results", str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert "imagenet/deit_base_distilled-seed7" in done.stdout, done.stderr
+
+
+def test_rebuild_runs_nothing_and_writes_what_there_is(tmp_path):
+    """Pages and pictures of finished runs; "not run" for the rest."""
+    sweep = Sweep("tokens", "starved", None, recipes=RECIPES, results=tmp_path)
+    for cell, top1 in zip(sweep.cells, (0.4, 0.41), strict=False):
+        for seed in (0, 1):
+            sweep.record(sweep.run_of(cell, seed), {"eval_top1": top1, "train_samples_per_second": 1.0})
+    command = [sys.executable, str(RECIPES / "run_table.py"), "tokens", "3", "--scale", "starved", "--rebuild"]
+    done = subprocess.run([*command, "--results", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "starved/table_tokens.md").read_text()
+    assert "cifar10, 2,500 training images, 100 epochs, 32 pixels, 5 seeds" in page
+    assert "| two class tokens | B 224 | 41.00 ± 0.00 | 2 | +1.00 ± 0.00 |  |" in page
+    assert "| distillation token | B 224 | not run | 0 |" in page
+    assert (tmp_path / "starved/table_tokens.png").exists()
+    assert "| hard distillation | B 224 | not run | 0 |" in (tmp_path / "starved/table_3.md").read_text()
+    assert not list(Path.cwd().glob("outputs/starved"))
