@@ -1,5 +1,6 @@
 """errors.py: an error that the user can fix becomes one line; every other error keeps its traceback."""
 
+import logging
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from support.recipes import KINDS, SHORT
 from torch.utils.data import DataLoader
 
 from hf_deit import TrainViews, build_train_transform, parse_recipe
-from hf_deit.errors import UserError, refusals_of_libraries, run_script
+from hf_deit.errors import UserError, printable, refusals_of_libraries, run_script
 
 
 def test_our_errors_are_one_line_and_bugs_keep_their_traceback(recipe):
@@ -119,3 +120,33 @@ def test_an_option_that_cannot_work_here_is_one_line(import_script, tmp_path, wo
     with pytest.raises(SystemExit, match=f"^error: an option of this run was rejected: .*{message}") as end:
         run_script(lambda: script.main(words))
     assert "\n" not in end.value.code
+
+
+HOSTILE = "a\x1b[2J\x07\nerror: forged \u202e"
+
+
+def test_nothing_that_is_printed_carries_control_characters(capsys):
+    def main():
+        logging.getLogger("hf_deit.training").warning("resuming with %s %r, was %s", HOSTILE, HOSTILE, 1)
+        logging.getLogger("transformers").warning("a table\nof two lines: %s", ValueError(HOSTILE))
+        raise UserError(f"teacher {HOSTILE} is unknown")
+
+    factory = logging.getLogRecordFactory()
+    try:
+        with pytest.raises(SystemExit) as end:
+            run_script(main)
+        records = [
+            logging.getLogRecordFactory()("x", 1, "f", 1, message, values, None).getMessage()
+            for message, values in (("resuming with %s %r", (HOSTILE, HOSTILE)), ("two\nlines: %s", (HOSTILE,)))
+        ]
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert end.value.code == "error: teacher a\\x1b[2J\\x07 error: forged \\u202e is unknown"
+    for text in (*records, capsys.readouterr().err):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", text) and "\nerror: forged" not in text
+    assert records[1].startswith("two\nlines: a")
+
+
+@pytest.mark.parametrize("text", ["plain", "模型 é", "a\u200db", "x\u3000y\xa0z"])
+def test_words_of_any_language_are_printed_as_they_are(text):
+    assert printable(text) == text

@@ -1,5 +1,7 @@
 """recipe.py: YAML and command line meet, and what is refused."""
 
+import os
+
 import pytest
 from support.recipes import KINDS
 
@@ -92,3 +94,39 @@ def test_the_default_recipe_is_reported_and_gives_way_to_what_replaces_it(recipe
     capsys.readouterr()
     parse_recipe(KINDS, [], default)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("seed: &a 1\nimage_size: *a", "found the anchor or alias 'a'; write the value out, line 1, column 7"),
+        ("a: &a [x]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 10}]\n" for a, b in zip("abcd", "bcde")), "alias 'a'"),
+        ("seed: 1\nimage_size: 32\nseed: 2", "found the key 'seed' twice, in line 1 and in line 3; keep one"),
+        ("seed: {a: 1, b: 2, a: 3}", "found the key 'a' twice"),
+        ("seed: {<<: {a: 1}}", "found '<<'; write the keys out"),
+        ("seed:\n\ta: 1", "line 2, column 1, indent with blanks, not tabs"),
+        ("seed: 1\n---\nseed: 2", "expected a single document in the stream, but found another document"),
+        ("? [1, 2]\n: 3", "found a sequence as a key; expected a name"),
+        ("seed: " + "[" * 5000, "found more than 20 levels"),
+        ("seed: [" + "[]," * 20_000, "found more than 2000 keys and values"),
+        ("seed: 1\n" * 20_000, "is larger than 65,536 bytes"),
+        ("seed: !!timestamp x", "a value is not what its tag says"),
+        ("seed: 2020-99-99", "a value is not what its tag says (month must be in 1..12)"),
+        ("seed: \x1b[2J", "special characters are not allowed in line 1 (character 0x1b)"),
+        (b"\x00\xff", "'utf-8' codec can't decode byte 0xff"),
+    ],
+    ids=lambda value: ascii(value)[:24],
+)
+def test_a_recipe_is_small_plain_data_or_refused_in_one_line(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError) as refusal:
+        parse_recipe(KINDS, [str(path)])
+    assert message in str(refusal.value) and str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_recipe_is_a_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="is no regular file"):
+            parse_recipe(KINDS, [str(path)])

@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 import struct
+import tarfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ from hf_deit import (
     load_teacher,
 )
 from hf_deit.data.decoding import DamagedImage, decode_image
-from hf_deit.errors import run_script
+from hf_deit.errors import UserError, run_script
 from hf_deit.models.classifiers import new_classifier
 from hf_deit.plots.analysis import plot_confusion
 from hf_deit.training.checkpoints import (
@@ -452,6 +453,58 @@ def features(label):
 def test_a_path_inside_a_parquet_file_is_not_opened(tmp_path):
     images = load_image_dataset(parquet_set(tmp_path / "set", features({"_type": "ClassLabel", "names": ["a", "b"]})))
     assert decode_image(images["train"][0]["image"]).shape == (8, 8, 3)  # from the bytes beside it
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "path", ["/dev/zero", "../outside.png", "{folder}/../outside.png", "file:///etc/passwd", "{folder}x/1.png"]
+)
+def test_a_path_in_place_of_an_image_does_not_lead_out_of_the_folder(tmp_path, path, streaming):
+    folder = Path(parquet_set(tmp_path / "set"))
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(folder / "inside.png")
+    (tmp_path / "outside.png").write_bytes((folder / "inside.png").read_bytes())
+
+    def rows_with(name):
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        image = pa.array([{"bytes": None, "path": name.format(folder=folder)}] * 4, kind)
+        metadata = features({"_type": "ClassLabel", "names": ["a", "b"]})
+        table = pa.table({"image": image, "label": [0, 1, 0, 1]}).replace_schema_metadata(metadata)
+        for split in ("train", "test"):
+            parquet.write_table(table, folder / f"{split}.parquet")
+        return load_image_dataset(str(folder), streaming=streaming)["train"][0]
+
+    assert decode_image(rows_with("{folder}/inside.png")["image"])[0, 0].tolist() == [9, 9, 9]
+    with pytest.raises(UserError, match="which is not inside .* and is not opened"):
+        rows_with(path)
+
+
+def test_a_tar_cut_between_two_samples_is_refused(tmp_path):
+    whole = {}
+    for split in ("train", "test"):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for number in range(4):
+                for suffix, data in (("png", png_of(number)), ("cls", str(number % 2).encode())):
+                    member = tarfile.TarInfo(f"{number}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                if number == 1:
+                    border = buffer.tell()
+        whole[split] = buffer.getvalue()
+        (tmp_path / f"{split}-000.tar").write_bytes(whole[split])
+    assert len(load_image_dataset(str(tmp_path))["train"]) == 4
+    (tmp_path / "train-000.tar").write_bytes(whole["train"][:border])
+    with pytest.raises(UserError, match="train-000.tar' was cut: it ends at byte .* so images may be missing"):
+        load_image_dataset(str(tmp_path))
+    (tmp_path / "train-000.tar").write_bytes(whole["train"] * 2)
+    with pytest.raises(UserError, match="train-000.tar' holds more than one archive"):
+        load_image_dataset(str(tmp_path))
+
+
+def png_of(number):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_a_pickled_type_in_a_parquet_file_stays_a_pickle(tmp_path, mark):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import signal
@@ -54,8 +55,9 @@ def run_script(main: Callable[[], object]) -> None:
     """Run a script's `main`; a [`UserError`] becomes one line on stderr and exit status 1.
 
     A failure of the machine (a full disk, a loader worker that is killed) is reported in the same way. An exception of
-    a loader worker is treated like an exception of this process.
+    a loader worker is treated like an exception of this process. No line of the log carries control characters.
     """
+    logging.setLogRecordFactory(_PrintableRecord)
     try:
         main()
     except SystemExit as error:
@@ -69,7 +71,7 @@ def run_script(main: Callable[[], object]) -> None:
         message = _message_of(error) if isinstance(error, UserError) else _done_by_the_machine(error)
         if message is None:
             raise
-        sys.exit(f"error: {message}")
+        sys.exit(f"error: {printable(message)}")
 
 
 def _message_of(error: UserError) -> str:
@@ -101,7 +103,34 @@ def _done_by_the_machine(error: Exception) -> str | None:
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or the type of an error without message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0].rstrip("."))
+
+
+def printable(text: str) -> str:
+    """The text as one line without control characters, which would act on a terminal; they are written as in Python.
+
+    What a stranger may have written (names, settings, the errors of libraries about them) is printed through this.
+    """
+    if text.isprintable():
+        return text
+    kept = "\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
+    words = " ".join(part for part in re.split(r"[\t\n\r\f\v]+", text) if part)
+    return "".join(
+        char if char.isprintable() or char in kept else char.encode("unicode_escape").decode() for char in words
+    )
+
+
+class _PrintableRecord(logging.LogRecord):
+    """A line of the log without control characters; its own line ends stay, those of its values do not."""
+
+    def getMessage(self) -> str:  # noqa: N802
+        if isinstance(self.args, tuple):
+            self.args = tuple(_line(value) for value in self.args)
+        return "\n".join(map(printable, super().getMessage().split("\n")))
+
+
+def _line(value: object) -> object:
+    return printable(str(value)) if isinstance(value, (str, Exception)) else value
 
 
 def some_of(names: Sequence[str], count: int = 3) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from .errors import UserError
+from .errors import UserError, first_line, printable
+from .files import read_file
 from .stock_options import FORMER_OPTIONS
 
 
@@ -68,11 +69,85 @@ def parse_recipe(
     return tuple(instances)
 
 
+# Limits of a recipe: PyYAML reads some 20 kB a second, and its stack grows with the depth.
+MAX_RECIPE_BYTES = 1 << 16
+_MAX_DEPTH, _MAX_VALUES = 20, 2000
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML as plain data: no aliases, which multiply a small file's values; no key twice; one document."""
+
+    depth = num_values = 0
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            name = getattr(event, "anchor", "")
+            raise yaml.MarkedYAMLError(
+                problem=f"found the anchor or alias {name!r}; write the value out", problem_mark=event.start_mark
+            )
+        self.num_values += 1
+        if self.num_values > _MAX_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f"found more than {_MAX_VALUES} keys and values", problem_mark=event.start_mark
+            )
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise yaml.MarkedYAMLError(
+                problem=f"found more than {_MAX_DEPTH} levels of brackets or lines", problem_mark=event.start_mark
+            )
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node, deep=False):
+        lines: dict[str, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem=f"found a {key.id} as a key; expected a name", problem_mark=key.start_mark
+                )
+            if key.value == "<<":
+                raise yaml.MarkedYAMLError(problem="found '<<'; write the keys out", problem_mark=key.start_mark)
+            if key.value in lines:
+                raise yaml.MarkedYAMLError(
+                    problem=f"found the key {key.value!r} twice, in line {lines[key.value]} and in line {line}; keep "
+                    "one"
+                )
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    """Read one YAML document.
+
+    Raises:
+        ValueError: the text is none; the message is one line.
+    """
+    try:
+        return yaml.load(text, _RecipeLoader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        parts = [part for part in (error.context, error.problem, error.note) if part]
+        mark = error.problem_mark or error.context_mark
+        if mark is not None:
+            parts.append(f"line {mark.line + 1}, column {mark.column + 1}")
+        if "'\\t'" in str(error.problem):
+            parts.append("indent with blanks, not tabs")
+        raise ValueError(", ".join(parts)) from error
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise ValueError(f"{error.reason} in line {line} (character {error.character:#x})") from error
+    except Exception as error:  # of a value that is not what its tag says, such as the date 2020-99-99
+        raise ValueError(f"a value is not what its tag says ({first_line(error)})") from error
+
+
 def _read_recipe(path: Path, known: set[str]) -> dict:
     try:
-        keys = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"recipe {str(path)!r} cannot be read: {error}") from error
+        keys = _load_yaml(read_file(path, MAX_RECIPE_BYTES).decode("utf-8-sig"))
+        keys = {} if keys is None else keys
+    except (OSError, ValueError) as error:
+        raise UserError(f"recipe {str(path)!r} cannot be read: {printable(str(error))}") from error
     if not isinstance(keys, dict):
         raise UserError(f"recipe {str(path)!r} is a {type(keys).__name__}; expected lines of the form 'key: value'")
     for key in keys:

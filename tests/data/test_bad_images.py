@@ -36,8 +36,8 @@ def test_a_line_is_a_line(tmp_path):
     assert len(BadImages(tmp_path, 10, 1)) == 2
     assert (tmp_path / "_bad_images.txt").read_text("utf-8").split("\n")[1].split("\t") == [
         "1",
-        "a b c\x85d?",
-        "two  lines",
+        "a b c\\x85d\\udcff",
+        "two lines",
     ]
 
 

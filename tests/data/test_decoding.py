@@ -489,3 +489,52 @@ def test_a_path_that_is_not_utf8_is_stored_and_read(tmp_path):
         assert stored.encode() and stored != path
         np.testing.assert_array_equal(decode_image({"bytes": None, "path": stored}), np.asarray(photograph()))
     assert storable_path("/a/café%20.png") == "/a/café%20.png"
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded():
+    photo = encoded(Image.new("RGB", (6000, 4000)), "JPEG", progressive=True)["bytes"]
+    assert decode_image({"bytes": photo, "path": None}).shape == (4000, 6000, 3)
+    scan = photo.rindex(b"\xff\xda")
+    with pytest.raises(DamagedImage, match="a JPEG of 24,000,000 pixels in .* scans, which would take minutes"):
+        decode_image({"bytes": photo[:scan] + photo[scan:-2] * 400 + photo[-2:], "path": None})
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "I;16"])
+def test_an_image_that_is_converted_in_strips_is_the_whole_image(mode, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    elif mode == "P":
+        image = image.quantize(16)
+        image.info["transparency"] = bytes(range(16))
+    else:
+        image = image.convert(mode)
+    file = encoded(image, "PNG" if mode != "CMYK" else "TIFF")
+    whole = decode_image(file)
+    monkeypatch.setattr("hf_deit.data.decoding._STRIP", 7 * 30)
+    np.testing.assert_array_equal(decode_image(file), whole)
+    assert len(np.unique(whole)) > 4
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"hevc"])
+def test_a_heic_photo_names_the_library_that_reads_it(brand, monkeypatch):
+    monkeypatch.setattr("hf_deit.data.decoding.FORMATS", ("JPEG", "PNG"))
+    with pytest.raises(
+        DamagedImage, match=r"is a HEIC or HEIF image; install pillow-heif .pip install hf_deit.heif.."
+    ):
+        decode_image({"bytes": b"\0\0\0\x1cftyp" + brand + bytes(40), "path": None})
+
+
+def test_a_heic_photo_is_read_with_pillow_heif():
+    pytest.importorskip("pillow_heif")
+    decoded = decode_image(encoded(Image.new("RGB", (32, 24), (200, 40, 10)), "HEIF"))
+    assert decoded.shape == (24, 32, 3) and np.abs(decoded.astype(int) - (200, 40, 10)).max() <= 3
+
+
+def test_a_file_of_too_many_bytes_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_deit.data.decoding.MAX_BYTES", 100)
+    (tmp_path / "a.png").write_bytes(bytes(101))
+    for image in ({"bytes": None, "path": str(tmp_path / "a.png")}, {"bytes": bytes(101), "path": None}):
+        with pytest.raises(DamagedImage, match=r"is larger than 100 bytes \(101\)"):
+            decode_image(image)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from scipy.io import savemat
 from support.images import write_image
 
 from hf_deit.data import official_layouts
+from hf_deit.errors import UserError
 
 
 # --- folders of classes ------------------------------------------------------------------------------------------
@@ -96,3 +98,149 @@ def test_real_labels_follow_the_number_of_the_image_in_any_folder(tmp_path):
     write_image(tmp_path / "val" / "n01" / "ILSVRC2012_val_00000004.JPEG")
     with pytest.raises(ValueError, match="holds 4 images named .* real.json holds 3 lists of labels"):
         official_layouts.IMAGENET_REAL.read(tmp_path, "validation")
+
+
+# --- official files that are damaged, or written by a stranger ---------------------------------------------------
+
+
+def flowers(root, **changed):
+    files = {"setid.mat": {"tstid": [[1]]}, "imagelabels.mat": {"labels": [[1, 2]]}} | changed
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (root / name).write_bytes(content)
+        else:
+            savemat(root / name, {key: np.array(value) for key, value in content.items()})
+    write_image(root / "jpg" / "image_00001.jpg")
+
+
+def cars(root, fname="1.jpg", number=1, names=("a", "b"), meta=None):
+    (root / "devkit").mkdir(exist_ok=True)
+    rows = np.array([(fname, number)], dtype=[("fname", "O"), ("class", "O")])
+    savemat(root / "cars_test_annos_withlabels.mat", {"annotations": rows})
+    savemat(root / "devkit" / "cars_meta.mat", {"class_names": np.array(names, dtype=object)})
+    if meta is not None:
+        (root / "devkit" / "cars_meta.mat").write_bytes(meta)
+    write_image(root / "cars_test" / "1.jpg")
+
+
+def inaturalist(root, **changed):
+    listing = {
+        "annotations": [{"image_id": 5, "category_id": 7}],
+        "images": [{"id": 5, "file_name": "train_val2018/a/b/1.jpg"}],
+    }
+    files = {
+        "categories.json": [{"id": 7, "name": "moth"}],
+        "train2018.json": listing,
+        "val2018.json": listing,
+    } | changed
+    for name, content in files.items():
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (root / name).write_bytes(content)
+    write_image(root / "train_val2018/a/b/1.jpg")
+
+
+def listed(name):
+    return {"annotations": [{"image_id": 5, "category_id": 7}], "images": [{"id": 5, "file_name": name}]}
+
+
+def imagenet(root, truth=b"1", meta=b"MATLAB 5.0 MAT-file"):
+    data = root / "ILSVRC2012_devkit_t12" / "data"
+    data.mkdir(parents=True)
+    (data / "meta.mat").write_bytes(meta)
+    (data / "ILSVRC2012_validation_ground_truth.txt").write_bytes(truth)
+
+
+def kaggle(root, text):
+    (root / "LOC_val_solution.csv").write_bytes(text)
+    write_image(root / "val" / "ILSVRC2012_val_00000001.JPEG")
+
+
+def real(root, text):
+    (root / "real.json").write_text(text)
+    write_image(root / "val" / "ILSVRC2012_val_00000001.JPEG")
+
+
+def idx(root, images, labels=None):
+    (root / "t10k-images-idx3-ubyte.gz").write_bytes(images)
+    whole = gzip.compress(b"\0\0\x08\1" + (1).to_bytes(4, "big") + b"\3")
+    (root / "t10k-labels-idx1-ubyte.gz").write_bytes(labels or whole)
+
+
+IDX = b"\0\0\x08\3" + b"".join(number.to_bytes(4, "big") for number in (1, 2, 2)) + bytes(4)
+PRISTINE = {
+    "flowers": (official_layouts.FLOWERS102, flowers),
+    "cars": (official_layouts.CARS, cars),
+    "inaturalist": (official_layouts.INATURALIST_2018, inaturalist),
+    "real": (official_layouts.IMAGENET_REAL, lambda root: real(root, "[[1]]")),
+    "idx": (official_layouts.FASHION_MNIST, lambda root: idx(root, gzip.compress(IDX))),
+    "kaggle": (
+        official_layouts.IMAGENET,
+        lambda root: kaggle(root, b"ImageId,PredictionString\nILSVRC2012_val_00000001,n01 1\n"),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout, write", PRISTINE.values(), ids=PRISTINE)
+def test_the_layouts_that_are_damaged_below_are_read_where_they_are_not(tmp_path, layout, write):
+    write(tmp_path)
+    assert len(layout.read(tmp_path, layout.splits[-1]).images) == 1
+
+
+@pytest.mark.parametrize(
+    "layout, write, file",
+    [
+        ("FLOWERS102", lambda root: flowers(root, **{"setid.mat": b"MATLAB 5.0 MAT-file, cut"}), "setid.mat"),
+        ("FLOWERS102", lambda root: flowers(root, **{"setid.mat": b""}), "setid.mat"),
+        ("FLOWERS102", lambda root: flowers(root, **{"setid.mat": b"<html>404</html>" * 20}), "setid.mat"),
+        ("FLOWERS102", lambda root: flowers(root, **{"setid.mat": {"other": [1]}}), "setid.mat"),
+        ("FLOWERS102", lambda root: flowers(root, **{"setid.mat": {"tstid": [[9]]}}), "imagelabels.mat"),
+        ("FLOWERS102", lambda root: flowers(root, **{"setid.mat": {"tstid": [[0]]}}), "imagelabels.mat"),
+        ("FLOWERS102", lambda root: flowers(root, **{"imagelabels.mat": {"labels": [[300, 1]]}}), "imagelabels.mat"),
+        ("CARS", lambda root: cars(root, meta=b"\0" * 200), "cars_meta.mat"),
+        ("CARS", lambda root: cars(root, number=3), "cars_test_annos_withlabels.mat"),
+        ("CARS", lambda root: cars(root, fname="../../etc/passwd"), "cars_test_annos_withlabels.mat"),
+        ("CARS", lambda root: cars(root, fname="/dev/zero"), "cars_test_annos_withlabels.mat"),
+        ("INATURALIST_2018", lambda root: inaturalist(root, **{"categories.json": b"[{"}), "categories.json"),
+        ("INATURALIST_2018", lambda root: inaturalist(root, **{"categories.json": [1]}), "categories.json"),
+        ("INATURALIST_2018", lambda root: inaturalist(root, **{"train2018.json": []}), "train2018.json"),
+        ("INATURALIST_2018", lambda root: inaturalist(root, **{"val2018.json": {"images": 3}}), "val2018.json"),
+        ("INATURALIST_2018", lambda root: inaturalist(root, **{"val2018.json": b"[" * 100_000}), "val2018.json"),
+        ("INATURALIST_2018", lambda root: inaturalist(root, **{"val2018.json": listed("/dev/zero")}), "val2018.json"),
+        (
+            "INATURALIST_2018",
+            lambda root: inaturalist(root, **{"val2018.json": listed("../../p.jpg")}),
+            "val2018.json",
+        ),
+        ("IMAGENET", imagenet, "meta.mat"),
+        ("IMAGENET", lambda root: kaggle(root, b"\xff\xfe,"), "LOC_val_solution.csv"),
+        ("IMAGENET", lambda root: kaggle(root, b"a,b\n1,2\n"), "LOC_val_solution.csv"),
+        ("IMAGENET", lambda root: kaggle(root, b"ImageId,PredictionString\nx\n"), "LOC_val_solution.csv"),
+        ("IMAGENET_REAL", lambda root: real(root, "[1]"), "real.json"),
+        ("IMAGENET_REAL", lambda root: real(root, "[[1000]]"), "real.json"),
+        ("IMAGENET_REAL", lambda root: real(root, '[["a"]]'), "real.json"),
+        ("IMAGENET_REAL", lambda root: real(root, "<html>"), "real.json"),
+        ("FASHION_MNIST", lambda root: idx(root, gzip.compress(IDX)[:-9]), "t10k-images-idx3-ubyte.gz"),
+        ("FASHION_MNIST", lambda root: idx(root, b"no gzip"), "t10k-images-idx3-ubyte.gz"),
+        ("FASHION_MNIST", lambda root: idx(root, gzip.compress(b"\0\0\x08\xff" + bytes(40))), "t10k-images-idx3"),
+        ("FASHION_MNIST", lambda root: idx(root, gzip.compress(b"\0\0\x08\3" + b"\xff" * 12)), "t10k-images-idx3"),
+        ("FASHION_MNIST", lambda root: idx(root, gzip.compress(IDX), gzip.compress(IDX)), "t10k-"),
+        ("FASHION_MNIST", lambda root: idx(root, gzip.compress(bytes(300 << 20))), "t10k-images-idx3-ubyte.gz"),
+    ],
+)
+def test_a_damaged_official_file_is_named_in_one_line(tmp_path, layout, write, file):
+    layout = getattr(official_layouts, layout)
+    write(tmp_path)
+    with pytest.raises(UserError) as refusal:
+        layout.read(tmp_path, layout.splits[-1])
+    assert file in str(refusal.value) and str(tmp_path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_an_official_file_that_is_a_pipe_or_a_device_is_not_opened(tmp_path):
+    inaturalist(tmp_path)
+    for name, make in (("categories.json", os.mkfifo), ("train2018.json", lambda path: os.symlink("/dev/zero", path))):
+        (tmp_path / name).unlink()
+        make(tmp_path / name)
+        with pytest.raises(UserError, match="is no regular file"):
+            official_layouts.INATURALIST_2018.read(tmp_path, "train")
+        (tmp_path / name).unlink()
+        inaturalist(tmp_path)

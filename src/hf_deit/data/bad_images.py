@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, printable
 
 
 logger = logging.getLogger(__name__)
@@ -90,4 +90,4 @@ class BadImages:
 
 def _in_one_field(text: str) -> str:
     """Make the path or fault of a damaged image one field of a line: no tabs, no line ends, valid UTF-8."""
-    return text.translate(str.maketrans("\t\r\n", "   ")).encode("utf-8", "replace").decode("utf-8")
+    return printable(text)

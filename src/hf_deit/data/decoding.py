@@ -17,9 +17,8 @@ import importlib.util
 import io
 import os
 import re
-import stat
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -29,7 +28,8 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..errors import UserError
+from ..errors import UserError, printable
+from ..files import read_file
 
 
 # A subset of Pillow's formats: its EPS reader makes Ghostscript run the file as a program, and some other readers pass
@@ -43,6 +43,13 @@ FORMATS = tuple(
     for name in ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM", "HEIF")
     if name in Image.OPEN  # Pillow may be built without AVIF
 )
+
+
+# Limits of one image. A photo of 100 megapixels stored as plain 16-bit RGB has 600 MB.
+MAX_BYTES = 1 << 30
+# Pixels times scans of a progressive JPEG, which bound the time; cameras write some 10 scans.
+MAX_SCANNED_PIXELS = 4_000_000_000
+_STRIP = 4_000_000  # pixels that are converted at once, so that an image is not several times in memory
 
 
 class DamagedImage(UserError):
@@ -68,7 +75,7 @@ def decode_image(encoded: Mapping | None, choose_part: Callable[[int, int], Part
         encoded: `{"bytes": bytes or None, "path": str or None}`, one of [`FORMATS`] whatever the file is called, in
             any mode whose range is known: grey, palette, CMYK, YCbCr, LAB, alpha (dropped), the first frame of
             several. Of 16 bits the upper 8 are kept (v >> 8), and of 12 bits (v >> 4). A path that is not UTF-8 is
-            given as [`storable_path`] writes it.
+            given as [`storable_path`] writes it. Only a regular file of at most `MAX_BYTES` is opened.
         choose_part: called once with the height and width in pixels; it returns the [`Part`] that is needed.
 
     Returns:
@@ -77,7 +84,8 @@ def decode_image(encoded: Mapping | None, choose_part: Callable[[int, int], Part
 
     Raises:
         DamagedImage: the file is missing, is not an image, is damaged, has pixels without a known range (floating
-            point or 32 bits), or has more pixels than Pillow's limit of twice `PIL.Image.MAX_IMAGE_PIXELS`.
+            point or 32 bits), has more pixels than Pillow's limit of twice `PIL.Image.MAX_IMAGE_PIXELS`, or is a JPEG
+            of so many scans that it would take minutes.
     """
     data = _read(encoded or {})
     jpeg = _read_jpeg_header(data)
@@ -105,8 +113,26 @@ def path_of(path: str) -> str:
     return os.fsdecode(unquote_to_bytes(path[len("file://") :])) if path.startswith("file:///") else path
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer would block for ever
+def check_paths(paths: Iterable[str], folders: Sequence[str | os.PathLike], where: str) -> None:
+    """Refuse file names from inside a dataset's files that lead out of its folder, absolute or with "..".
+
+    A link inside the folder may lead elsewhere: whoever made the folder put it there.
+
+    Args:
+        paths: as they would be opened, absolute or relative to the working directory.
+        folders: directories that they may be in, at any depth; the dataset's.
+        where: of the paths, for the message.
+
+    Raises:
+        UserError: a path leads out.
+    """
+    inside = tuple(os.path.join(os.path.abspath(folder), "") for folder in folders)
+    for path in paths:
+        if not os.path.abspath(path_of(path)).startswith(inside):
+            raise UserError(
+                f"{where} names the image file {printable(path)!r}, which is not inside {str(folders[0])!r} and "
+                "is not opened: store the bytes of the images, or paths inside that folder"
+            )
 
 
 def _reduce(pixels: np.ndarray, reduction: int) -> np.ndarray:
@@ -119,12 +145,13 @@ def _read(encoded: Mapping) -> bytes:
         if path is None:
             raise DamagedImage("has neither bytes nor a path")
         try:
-            with open(path_of(path), "rb", opener=_open_at_once) as file:
-                data = file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else None
+            data = read_file(path_of(path), MAX_BYTES)
+        except UserError as error:
+            raise DamagedImage(str(error)) from error
         except (OSError, ValueError) as error:  # ValueError: the path holds a zero
             raise DamagedImage(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if data is None:
-        raise DamagedImage("is no regular file")
+    if len(data) > MAX_BYTES:
+        raise DamagedImage(f"is larger than {MAX_BYTES:,} bytes ({len(data):,})")
     if not data:
         raise DamagedImage("empty: 0 bytes")
     return data
@@ -165,6 +192,7 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
+    _check_scans(data, height * width)
     if colorspace == "CMYK" or (Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS):
         return None
     position, may_be_turned, baseline_at = 2, False, None
@@ -177,6 +205,15 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader | None:
         may_be_turned |= marker == _APP1
         position += int.from_bytes(data[position : position + 2], "big")
     return _JpegHeader(height, width, True, None, position)
+
+
+def _check_scans(data: bytes, num_pixels: int) -> None:
+    """Refuse a JPEG whose scans each pass over all pixels and are far more than a picture needs."""
+    if data.find(b"\xff\xc0", 0, 1 << 16) >= 0 or data.find(b"\xff\xc1", 0, 1 << 16) >= 0:
+        return  # sequential: each pixel is decoded once
+    num_scans = data.count(b"\xff\xda")  # among compressed pixels 255 is followed by 0
+    if num_scans > 16 and num_scans * num_pixels > MAX_SCANNED_PIXELS:
+        raise DamagedImage(f"a JPEG of {num_pixels:,} pixels in {num_scans:,} scans, which would take minutes")
 
 
 def _decode_jpeg(data: bytes, jpeg: _JpegHeader, part: Part) -> np.ndarray | None:
@@ -263,30 +300,45 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         except (MemoryError, DamagedImage):
             raise
         except UnidentifiedImageError as error:
+            if re.match(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", data, re.DOTALL) and "HEIF" not in FORMATS:
+                raise DamagedImage(
+                    "is a HEIC or HEIF image; install pillow-heif (pip install hf_deit[heif]), or convert it"
+                ) from error
             raise DamagedImage("holds no image that Pillow can identify") from error
         except Exception as error:  # damage makes Pillow's readers raise exceptions of any type
-            raise DamagedImage(f"{type(error).__name__}: {error}") from error
+            raise DamagedImage(f"{type(error).__name__}: {printable(str(error))}") from error
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BITS_AS_I):
         raise DamagedImage(f"mode {image.mode} has no known range; convert to 8 or 16 bit")
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image
+        if rows < image.height:
+            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        pixels[top : top + rows] = _rgb_of_strip(strip, tags)
+    return pixels
+
+
+def _rgb_of_strip(image: Image.Image, tags: Mapping) -> np.ndarray:
     if image.mode.startswith("I"):  # Pillow would clip 16 bits to 255
-        image = Image.fromarray((_sixteen_bits(image) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
+        return (_sixteen_bits(image, tags) >> 8).clip(0, 255).astype(np.uint8)[..., None]
+    if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))  # a copy, because the memory that Pillow shares is read-only
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 # Formats whose pixels of more than 8 bits have the mode I in some versions of Pillow, scaled to 0 ... 65535.
 _SIXTEEN_BITS_AS_I = ("PNG", "PPM")
 
 
-def _sixteen_bits(image: Image.Image) -> np.ndarray:
+def _sixteen_bits(image: Image.Image, tags: Mapping) -> np.ndarray:
     """Return a grey image of 12 or 16 bits as values from 0 (black) to 65535 (white)."""
     values = np.asarray(image).astype(np.uint32)
-    tags = getattr(image, "tag_v2", {})  # of a TIFF, where Pillow neither scales 12 bits nor inverts
-    if tags.get(_BITS_PER_SAMPLE) == (12,):
+    if tags.get(_BITS_PER_SAMPLE) == (12,):  # Pillow neither scales 12 bits nor inverts
         values = values << 4
     return 65535 - values if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else values
 

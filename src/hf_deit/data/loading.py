@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..errors import UserError, first_line, some_of
-from .decoding import storable_path
+from ..files import check_tar
+from .decoding import check_paths, storable_path
 from .folders import (
     IMAGE_FOLDERS,
     SPLIT_MEANINGS,
@@ -326,6 +327,8 @@ def _find(
         raise UserError(f"data_dir is {data_dir!r}, which is not a directory; check the path")
     if not streaming:
         rows = _from_hub(datasets.load_dataset, name, entry)
+        for split in rows.values():
+            _check_paths_of_rows(split, None)
         splits = {split: partial(rows.__getitem__, split) for split in rows}
         return Source(_page_on_hub(name, entry), "a dataset of the Hub", splits, {}), unread
     files = _from_hub(datasets.load_dataset_builder, name, entry).config.data_files or {}
@@ -453,7 +456,13 @@ def _locations(files: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]
 def _splits_of_shards(kind: str, files: Mapping[str, list[str]]) -> Splits:
     for paths in files.values():
         _warn_of_missing_shards(paths)
-    return {split: partial(_from_shards, kind, split, paths) for split, paths in files.items()}
+    if any("://" in path for paths in files.values() for path in paths):  # on the Hub
+        folder = None
+    else:
+        folder = os.path.commonpath(
+            [os.path.dirname(os.path.abspath(path)) for paths in files.values() for path in paths]
+        )
+    return {split: partial(_from_shards, kind, split, paths, folder) for split, paths in files.items()}
 
 
 def _warn_of_missing_shards(paths: Sequence[str]) -> None:
@@ -472,12 +481,15 @@ def _warn_of_missing_shards(paths: Sequence[str]) -> None:
             )
 
 
-def _from_shards(kind: str, split: str, paths: list[str]) -> datasets.Dataset:
+def _from_shards(kind: str, split: str, paths: list[str], folder: str | None) -> datasets.Dataset:
     # Load each split separately: loaded together, all splits would silently take the class names of the first.
     if kind == "parquet":
         with ThreadPoolExecutor(16) as threads:
             _check_class_names_of_shards(paths, list(threads.map(_schema_or_none, paths)))
     known_as = split if re.fullmatch(r"\w+(\.\w+)*", split) else "images"  # datasets accepts no other names of splits
+    if kind == "webdataset":
+        for path in paths:
+            check_tar(path)
     try:
         # datasets takes a path for a pattern
         files = {known_as: [glob.escape(path) for path in paths]}
@@ -488,7 +500,21 @@ def _from_shards(kind: str, split: str, paths: list[str]) -> datasets.Dataset:
     if "json" in rows.column_names and "cls" not in rows.column_names:  # a tar shard with the labels in json files
         keys = rows.select_columns(["json"]).flatten()
         rows = datasets.concatenate_datasets([rows.remove_columns("json"), keys], axis=1)
+    _check_paths_of_rows(rows, folder)
     return rows
+
+
+def _check_paths_of_rows(rows: datasets.Dataset, folder: str | None) -> None:
+    """Refuse images without bytes whose path leads out of the folder; without one, out of the libraries' caches."""
+    folders = [folder] if folder else [str(datasets.config.HF_CACHE_HOME), str(datasets.config.HF_DATASETS_CACHE)]
+    for column, feature in rows.features.items():
+        if not isinstance(feature, datasets.Image) or len(rows) == 0:
+            continue
+        for chunk in rows.with_format("arrow")[column].chunks:
+            if pa.types.is_struct(chunk.type) and {"bytes", "path"} <= {field.name for field in chunk.type}:
+                without = chunk.filter(pc.is_null(pc.struct_field(chunk, "bytes")))
+                paths = pc.unique(pc.struct_field(without, "path")).to_pylist()
+                check_paths([path for path in paths if path is not None], folders, f"a row of the column {column!r}")
 
 
 def _check_class_names_of_shards(paths: Sequence[str], schemas: Sequence[pa.Schema | None]) -> None:

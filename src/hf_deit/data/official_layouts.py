@@ -13,10 +13,11 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,12 +26,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, first_line
+from ..files import MEBIBYTE, read_file, read_json, read_text
+from .decoding import check_paths
 from .folders import LocalImages, image_paths, sort_classes, visible_entries
 
 
 # From coarse to fine; iNaturalist 2019 has no supercategory.
 CATEGORY_LEVELS = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+
+
+# Largest official files: iNaturalist 2018's training annotations have some 120 MB, unpacked Fashion-MNIST 47 MB.
+MAX_LIST_BYTES = 256 * MEBIBYTE
 
 
 @dataclass(frozen=True)
@@ -66,15 +73,16 @@ def _read_imagenet(root: Path, split: str) -> LocalImages:
     devkit = root / "ILSVRC2012_devkit_t12" / "data"
     mapping = root / "LOC_synset_mapping.txt"
     if (root / "LOC_val_solution.csv").exists():
-        with open(root / "LOC_val_solution.csv", newline="") as file:
-            truth = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-        lines = mapping.read_text().splitlines() if mapping.exists() else truth.values()
+        truth = _read_solution(root / "LOC_val_solution.csv")
+        lines = read_text(mapping).splitlines() if mapping.exists() else truth.values()
         names = sorted({line.split()[0] for line in lines if line.strip()})
     else:
-        synsets = np.atleast_1d(_load_mat(_existing(devkit / "meta.mat"))["synsets"])
-        wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if row["num_children"] == 0}
-        numbers = _existing(devkit / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
-        truth = {f"ILSVRC2012_val_{i:08d}": wnids[int(number)] for i, number in enumerate(numbers, 1)}
+        with _damage_of(file := _existing(devkit / "meta.mat")):
+            synsets = np.atleast_1d(_load_mat(file)["synsets"])
+            wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if row["num_children"] == 0}
+        file = _existing(devkit / "ILSVRC2012_validation_ground_truth.txt")
+        with _damage_of(file):
+            truth = {f"ILSVRC2012_val_{i:08d}": wnids[int(n)] for i, n in enumerate(read_text(file).split(), 1)}
         names = sorted(wnids.values())
     number = {name: i for i, name in enumerate(names)}
     paths = image_paths(_existing(_imagenet_images(root) / ("train" if split == "train" else "val")))
@@ -91,6 +99,13 @@ def _read_imagenet(root: Path, split: str) -> LocalImages:
     return LocalImages(paths, labels, names)
 
 
+def _read_solution(file: Path) -> dict[str, str]:
+    """The WordNet id by the name of the image, of Kaggle's list."""
+    with _damage_of(file):
+        rows = csv.DictReader(io.StringIO(read_text(file)))
+        return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+
+
 def _read_imagenet_v2(root: Path, split: str) -> LocalImages:
     """Read ImageNet-V2; folder i is class i of ImageNet-1k, and the files contain no WordNet ids or names."""
     folders = sort_classes(entry.name for entry in visible_entries(root) if entry.is_dir() and entry.name.isdecimal())
@@ -101,7 +116,10 @@ def _read_imagenet_v2(root: Path, split: str) -> LocalImages:
 
 def _read_imagenet_real(root: Path, split: str) -> LocalImages:
     """Read ImageNet's validation images, by number, with the ReaL labels; 3,163 of the 50,000 images have no label."""
-    labels = json.loads((root / "real.json").read_text())
+    with _damage_of(file := root / "real.json"):
+        labels = read_json(file)
+        if not all(isinstance(one, list) and all(0 <= label < 1000 for label in one) for one in labels):
+            raise ValueError("expected a list of class numbers from 0 to 999 for each image")
     folder = _imagenet_images(root)
     folder = folder / "val" if (folder / "val").is_dir() else folder
     paths = sorted((path for path in image_paths(folder) if "_val_" in os.path.basename(path)), key=_imagenet_number)
@@ -128,43 +146,56 @@ def _imagenet_number(path: str) -> int:
 
 def _read_flowers102(root: Path, split: str) -> LocalImages:
     part = {"train": "trnid", "validation": "valid", "test": "tstid"}[split]
-    numbers = np.atleast_1d(_load_mat(_existing(root / "setid.mat"))[part])
-    labels = np.atleast_1d(_load_mat(_existing(root / "imagelabels.mat"))["labels"]).astype(int)
+    with _damage_of(file := _existing(root / "setid.mat")):
+        numbers = [int(number) for number in np.atleast_1d(_load_mat(file)[part])]
+    with _damage_of(file := _existing(root / "imagelabels.mat")):
+        classes = [int(label) - 1 for label in np.atleast_1d(_load_mat(file)["labels"])]
+        if not all(0 < number <= len(classes) for number in numbers):
+            raise ValueError(f"it has {len(classes)} labels, and setid.mat names image {max(numbers)}")
+        labels = [classes[number - 1] for number in numbers]
+        if not all(0 <= label < 102 for label in labels):
+            raise ValueError("a label is not from 1 to 102")
     paths = [os.path.abspath(root / "jpg" / f"image_{number:05d}.jpg") for number in numbers]
-    return LocalImages(_check_first(paths), [int(labels[number - 1]) - 1 for number in numbers], None)
+    return LocalImages(_check_first(paths), labels, None)
 
 
 def _read_cars(root: Path, split: str) -> LocalImages:
     file = {"train": "cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}[split]
-    rows = np.atleast_1d(_load_mat(_existing(root / "devkit" / file, root / file))["annotations"])
-    names = _load_mat(_existing(root / "devkit" / "cars_meta.mat", root / "cars_meta.mat"))["class_names"]
-    paths = [os.path.abspath(root / f"cars_{split}" / str(row["fname"])) for row in rows]
-    labels = [int(row["class"]) - 1 for row in rows]
-    return LocalImages(_check_first(paths), labels, [str(name) for name in np.atleast_1d(names)])
+    annotations = _existing(root / "devkit" / file, root / file)
+    with _damage_of(meta := _existing(root / "devkit" / "cars_meta.mat", root / "cars_meta.mat")):
+        names = [str(name) for name in np.atleast_1d(_load_mat(meta)["class_names"])]
+    with _damage_of(annotations):
+        rows = np.atleast_1d(_load_mat(annotations)["annotations"])
+        files, labels = [str(row["fname"]) for row in rows], [int(row["class"]) - 1 for row in rows]
+        if not all(0 <= label < len(names) for label in labels):
+            raise ValueError(f"a class is not from 1 to {len(names)}")
+    return LocalImages(_check_first(_inside(root / f"cars_{split}", files, annotations)), labels, names)
 
 
 def _read_inaturalist(year: int, root: Path, split: str, category_level: str = "name") -> LocalImages:
     """Read iNaturalist; the classes are in the order of the training annotations, as in the authors' code."""
-    train, held_out = (_existing(root / f"{part}{year}.json") for part in ("train", "val"))
-    categories = {entry["id"]: entry for entry in json.loads(_existing(root / "categories.json").read_text())}
-    known = [level for level in CATEGORY_LEVELS if all(level in entry for entry in categories.values())]
+    files = {part: _existing(root / f"{part}{year}.json") for part in ("train", "val")}
+    with _damage_of(file := _existing(root / "categories.json")):
+        categories = {entry["id"]: entry for entry in read_json(file)}
+        known = [level for level in CATEGORY_LEVELS if all(level in entry for entry in categories.values())]
     if category_level not in known:
         raise UserError(
             f"category_level is {category_level!r}; categories.json of {year} has {', '.join(known)}"
             + ("" if category_level in CATEGORY_LEVELS else f" (all levels: {', '.join(CATEGORY_LEVELS)})")
         )
-    listing = json.loads(train.read_text())
-    names = list(dict.fromkeys(categories[row["category_id"]][category_level] for row in listing["annotations"]))
-    if split != "train":
-        listing = json.loads(held_out.read_text())
-    number = {name: i for i, name in enumerate(names)}
-    of_image = {row["image_id"]: row["category_id"] for row in listing["annotations"]}
-    files = [row["file_name"] for row in listing["images"]]
-    if files and not (root / files[0]).exists():  # the authors' copy has <category>/ without <super category>/ above
-        files = [re.sub(r"^([^/]+)/[^/]+/", r"\1/", file) for file in files]
-    paths = [os.path.join(os.path.abspath(root), file) for file in files]
-    labels = [number[categories[of_image[row["id"]]][category_level]] for row in listing["images"]]
-    return LocalImages(_check_first(paths), labels, names)
+    with _damage_of(file := files["train"]):
+        listing = read_json(file, MAX_LIST_BYTES)
+        names = list(dict.fromkeys(categories[row["category_id"]][category_level] for row in listing["annotations"]))
+    with _damage_of(file := files["train" if split == "train" else "val"]):
+        listing = listing if split == "train" else read_json(file, MAX_LIST_BYTES)
+        number = {name: i for i, name in enumerate(names)}
+        of_image = {row["image_id"]: row["category_id"] for row in listing["annotations"]}
+        images = [str(row["file_name"]) for row in listing["images"]]
+        labels = [number[categories[of_image[row["id"]]][category_level]] for row in listing["images"]]
+    paths = _inside(root, images, file)
+    if paths and not os.path.exists(paths[0]):  # the authors' copy has <category>/ without <super category>/ above
+        paths = _inside(root, [re.sub(r"^([^/]+)/[^/]+/", r"\1/", image) for image in images], file)
+    return LocalImages(_check_first(paths), labels, [str(name) for name in names])
 
 
 def _read_cifar(classes: int, root: Path, split: str) -> LocalImages:
@@ -181,7 +212,8 @@ def _read_cifar(classes: int, root: Path, split: str) -> LocalImages:
     images, labels = [], []
     for file in files:
         file = _existing(root / file)
-        content = np.fromfile(file, np.uint8)
+        with _damage_of(file):
+            content = np.frombuffer(read_file(file, MAX_LIST_BYTES), np.uint8)
         if len(content) % (label_bytes + 3072):
             raise UserError(
                 f"{str(file)!r} has {len(content)} bytes, no multiple of {label_bytes + 3072}: the file is truncated; "
@@ -191,22 +223,37 @@ def _read_cifar(classes: int, root: Path, split: str) -> LocalImages:
         labels += rows[:, label_bytes - 1].tolist()
         pixels = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         images += map(_encode, np.ascontiguousarray(pixels))
-    names = _existing(root / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt")).read_text().split()
+    file = _existing(root / ("batches.meta.txt" if classes == 10 else "fine_label_names.txt"))
+    names = read_text(file).split()
+    if len(names) != classes or not all(label < classes for label in labels):
+        raise UserError(
+            f"{str(file)!r} names {len(names)} classes and the images have labels up to {max(labels, default=0)}; "
+            f"expected {classes} classes: download the files again"
+        )
     return LocalImages(images, labels, names)
 
 
 def _read_fashion_mnist(root: Path, split: str) -> LocalImages:
     prefix = {"train": "train", "test": "t10k"}[split]
     images, labels = (_read_idx(root, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or labels.max(initial=0) > 9:
+        raise UserError(
+            f"the idx files {prefix}-* in {str(root)!r} hold arrays of the shapes {images.shape} and {labels.shape}; "
+            "expected as many grey images as labels from 0 to 9: download them again"
+        )
     return LocalImages([_encode(image) for image in images], labels.tolist(), None)
 
 
 def _read_idx(root: Path, name: str) -> np.ndarray:
     file = _existing(root / name, root / f"{name}.gz")
-    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    with _damage_of(file):
+        content = read_file(file, MAX_LIST_BYTES)
+        if file.suffix == ".gz":
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_LIST_BYTES)
     dimensions = content[3] if content[:3] == b"\0\0\x08" else 0  # two zeros, the type (8: uint8), the dimensions
-    shape = np.frombuffer(content, ">i4", dimensions, offset=4) if dimensions else ()
-    if not dimensions or len(content) != 4 + 4 * dimensions + np.prod(shape):
+    whole = 0 < dimensions <= 3 and len(content) >= 4 + 4 * dimensions
+    shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist() if whole else []
+    if not whole or len(content) != 4 + 4 * dimensions + math.prod(shape):
         raise UserError(f"{str(file)!r} is not a complete idx file of bytes; download it again")
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
 
@@ -231,9 +278,32 @@ def _encode(pixels: np.ndarray) -> bytes:
 
 
 def _load_mat(file: Path) -> dict:
-    from scipy.io import loadmat  # comes with scikit-learn
+    from scipy.io import loadmat, whosmat  # comes with scikit-learn
 
-    return loadmat(file, squeeze_me=True)
+    content = read_file(file, 16 * MEBIBYTE)
+    # Each array states its size, also before it is unpacked.
+    values = sum(math.prod(map(int, shape)) for _, shape, _ in whosmat(io.BytesIO(content)))
+    if values > MAX_LIST_BYTES // 8:
+        raise ValueError(f"its arrays have {values:,} values")
+    return loadmat(io.BytesIO(content), squeeze_me=True)
+
+
+@contextmanager
+def _damage_of(file: Path) -> Iterator[None]:
+    """Name the official file that something is wrong with."""
+    try:
+        yield
+    except Exception as error:  # the readers of .mat, gzip and csv raise exceptions of any type
+        if isinstance(error, UserError) and str(file) in str(error):
+            raise
+        what = f"no entry {error}" if isinstance(error, LookupError) else first_line(error)
+        raise UserError(f"{str(file)!r} is damaged or another dataset's ({what}); download it again") from error
+
+
+def _inside(folder: Path, names: list[str], listed_in: Path) -> list[str]:
+    paths = [os.path.join(os.path.abspath(folder), name) for name in names]
+    check_paths(paths, [folder], repr(str(listed_in)))
+    return paths
 
 
 def _existing(*candidates: Path) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import UserError
+from ..errors import UserError, printable
+from .decoding import check_paths
 
 
 logger = logging.getLogger(__name__)
@@ -127,8 +129,21 @@ class StreamedImages:
             image = {"bytes": block.bytes[row].as_py(), "path": None}
             if block.paths is not None:
                 image["path"] = block.paths[row].as_py()
+            if image["bytes"] is None and image["path"] is not None:
+                self._check_path(image["path"])
             rows.append({"image": image, "label": self._class_index(block.labels[row])})
         return rows
+
+    def _check_path(self, path: str) -> None:
+        """Refuse a path without bytes that leads out of the files' folder; a remote file has no folder here."""
+        if any("://" in file for file in self._files):
+            raise UserError(
+                f"{self._files[0]!r} or another file of the stream holds the path {printable(path)!r} in place of an "
+                "image; only the bytes of images are streamed: write the files with the bytes (datasets' push_to_hub "
+                "embeds them)"
+            )
+        folder = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in self._files])
+        check_paths([path], [folder], "a streamed row")
 
     def _open(self, numbers: set[int]) -> None:
         missing = numbers - self._open_blocks.keys()

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..durable import write_whole
 from ..errors import some_of
+from ..files import write_whole
 from .decoding import FORMATS, path_of
 from .folders import IMAGE_FOLDERS, UnreadFiles
 from .loading import LoadedImages, count_by_class

@@ -42,8 +42,8 @@ import torch
 from accelerate import PartialState
 
 from .. import __version__
-from ..durable import flush
 from ..errors import UserError
+from ..files import flush
 
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import TrainerCallback
 
-from ..durable import flush
 from ..errors import UserError
+from ..files import flush
 from ..processes import on_main_process
 from .record import (
     HEADER,

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..durable import flush
 from ..errors import UserError
+from ..files import flush
 
 
 logger = logging.getLogger(__name__)

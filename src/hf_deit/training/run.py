@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers import SchedulerType
 
+from ..errors import printable
 from ..plots.run import plot_run
 
 
@@ -68,7 +69,7 @@ def banner(trainer: DistillationTrainer) -> str:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     teacher = trainer.teacher.describe() if trainer.teacher is not None else "none"
     return "\n".join(
-        f"{name:<11}{value}"
+        f"{name:<11}{printable(str(value))}"
         for name, value in {
             "model": f"{type(trainer.model).__name__}, {trainer.num_model_parameters / 1e6:.2f}M parameters",
             "teacher": teacher,
