@@ -155,10 +155,52 @@ def test_an_image_processor_with_code_is_refused_without_asking(changed, mark, m
     assert not asked
 
 
+@pytest.mark.parametrize(
+    "kernel", ["evil/kernel", "paged|evil/kernel", {"": "evil/kernel"}, {"vision_config": "e/k:f"}, 1]
+)
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
-def test_a_config_cannot_have_a_kernel_downloaded(changed, name):
-    with pytest.raises(ValueError, match="cannot load model "):
-        load_teacher(str(changed("plain", **{name: "evil/kernel"})), id2label=NAMES, **PIXELS)
+def test_a_config_cannot_have_a_kernel_downloaded(changed, name, kernel):
+    with pytest.raises(UserError, match=f"{name} in .*config.json' is .*; expected one of eager, sdpa, "):
+        load_teacher(str(changed("plain", **{name: kernel})), id2label=NAMES, **PIXELS)
+
+
+def test_a_nested_config_cannot_have_a_kernel_downloaded(changed):
+    folder = changed("plain", vision_config={"text": [{"attn_implementation": "evil/kernel"}]})
+    with pytest.raises(UserError, match="'evil/kernel'; expected one of eager"):
+        load_teacher(str(folder), id2label=NAMES, **PIXELS)
+
+
+@pytest.mark.parametrize("name", ["kernels-community/flash-attn", "evil/kernel:f", "nope"])
+def test_no_kernel_is_downloaded_for_a_student(run, good, name):
+    for first in ([], ["--model_name_or_path", good / "student"]):
+        end = run("--attn_implementation", name, *first)
+        assert end.startswith(f"error: attn_implementation is {name!r}; expected one of eager, sdpa, ")
+    student = DeiTForImageClassification.from_pretrained(good / "plain")
+    with pytest.raises(UserError, match="expected one of eager"):
+        student.set_attn_implementation(name)
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", b"[" * 100_000, "is no valid JSON"),
+        ("config.json", b"[1]", "is a list; expected keys and values"),
+        ("config.json", b" " * (17 << 20), "is larger than 16,777,216 bytes"),
+        ("preprocessor_config.json", b"{" * 100_000, "is no valid JSON"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "../../x.safetensors"}}',
+            "is no name of a file beside",
+        ),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "/dev/zero"}}', "is no name of a file beside"),
+        ("model.safetensors.index.json", b'{"weight_map": [1]}', "is damaged"),
+    ],
+)
+def test_json_of_a_model_has_limits(changed, file, content, message):
+    folder = changed("plain")
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file}' {message}|{file}' is damaged: .*{message}"):
+        load_teacher(str(folder), id2label=NAMES, **PIXELS)
 
 
 @pytest.mark.parametrize(

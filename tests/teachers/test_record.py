@@ -1,5 +1,6 @@
 """Records of teacher outputs: answers that are replayed train the very weights that asking would have trained."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel
 from support.runs import ConvTeacher, streamed, student, trainer
 from torch import nn
 from transformers import TrainerCallback
@@ -27,6 +28,7 @@ from hf_deit import (
 )
 from hf_deit.data.decoding import decode_image
 from hf_deit.teachers.fingerprint import fingerprint_of_images
+from hf_deit.teachers.record import BATCH
 from hf_deit.teachers.recording import RecordingTeacher
 from hf_deit.teachers.replaying import ReplayedTeacher
 
@@ -214,7 +216,7 @@ def test_decisions_on_disk_are_those_of_views_built_by_hand(tiny_images, tmp_pat
             mixed, _ = mix(torch.stack(pixels).permute(0, 3, 1, 2), torch.tensor(labels), np.array(seeds))
             expected += (teacher(mixed).argmax(dim=1) + 1).tolist()
         assert decisions(record, epoch).tolist() == expected and len(set(expected)) > 1
-    assert (record / "answers-00000.bin").stat().st_size == 2 * 48
+    assert (record / "answers-00000.bin").stat().st_size == 2 * 48 + 8 * 6  # rows, then a checksum for each batch
 
 
 class Answers(nn.Module):
@@ -236,7 +238,7 @@ def record_and_replay(directory, logits, kind="soft", top_k=100):
     same = {"directory": directory, "kind": kind, "batch_size": len(logits)}
 
     def fingerprint():
-        return {"classes": logits.shape[1], "images": len(logits), "views of a step": len(logits)}
+        return {"classes": logits.shape[1]} | dict.fromkeys(("images", "views of a step", BATCH), len(logits))
 
     recording = RecordingTeacher(Answers(logits), fingerprint, top_k=top_k, device=torch.device("cpu"), **same)
     assert recording(None, views) is logits
@@ -253,7 +255,7 @@ def test_the_rest_of_the_probability_is_spread_evenly(tmp_path, caplog):
         for c in range(9):
             assert got[c] == pytest.approx(row[c] if c in largest else math.log(rest / 6), abs=1e-5)
     assert torch.equal(replayed.gather(1, logits.topk(3).indices), logits.topk(3).values)
-    assert (tmp_path / "record/answers-00000.bin").stat().st_size == 5 * (6 * 3 + 6)
+    assert (tmp_path / "record/answers-00000.bin").stat().st_size == 5 * (6 * 3 + 6) + 8
     assert sum("3 largest logits of 9" in line for line in caplog.messages) == 2  # of each run, once
 
 
@@ -331,10 +333,10 @@ def other_label(images):
         (lambda images: images | {"train": images["train"].select(range(40))}, "images is 40, recorded with 48"),
         (
             lambda images: images | {"train": images["train"].select([*range(1, 48), 0])},
-            "labels and sampled images is",
+            "labels and images is",
         ),
-        (other_pixels, "labels and sampled images is '[0-9a-f]{16}', recorded with"),
-        (other_label, "labels and sampled images is"),
+        (other_pixels, "labels and images is '[0-9a-f]{16}', recorded with"),
+        (other_label, "labels and images is"),
     ],
     ids=["fewer", "another order", "other pixels", "another label"],
 )
@@ -387,7 +389,7 @@ def test_the_hash_of_a_set_is_that_of_its_images_wherever_they_lie(tiny_images, 
         for file, row in zip(files, train, strict=True)
     ]
     assert fingerprint_of_images(on_disk) == fingerprint_of_images(train) == fingerprint_of_images(list(train))
-    renamed = train.cast_column("label", ClassLabel(names=["a", "b", "c"]))
+    renamed = train.cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
     assert fingerprint_of_images(renamed) == fingerprint_of_images(train)  # names are a field of their own
     files[0].unlink()
     assert fingerprint_of_images(on_disk) != fingerprint_of_images(train)
@@ -449,16 +451,38 @@ def change_header(folder, **fields):
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def write_row(folder, position, value):
-    with (folder / "answers-00000.bin").open("r+b") as file:
-        file.seek(2 * position)
-        file.write(value.to_bytes(2, "little"))
+TEACHER = {"sha256": "0" * 16, "num_parameters": 1, "device": "cpu"}
+
+
+def write_row(folder, position, value, forge=False):
+    """Change a row, and with `forge` the checksum of its batch, as whoever wants to write a record can."""
+    path = folder / "answers-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[2 * position : 2 * position + 2] = value.to_bytes(2, "little")
+    if forge:
+        first = position // 8 * 8
+        text = f"0 {first} ".encode() + bytes(data[2 * first : 2 * first + 16])
+        data[96 + first : 96 + first + 8] = hashlib.blake2b(text, digest_size=8).digest()
+    path.write_bytes(data)
+
+
+def flip_bit(folder, at):
+    path = folder / "answers-00000.bin"
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def swap_batches(folder):
+    path = folder / "answers-00000.bin"
+    data = path.read_bytes()
+    path.write_bytes(data[16:32] + data[:16] + data[32:96] + data[104:112] + data[96:104] + data[112:])
 
 
 @pytest.mark.parametrize(
     "damage, refusal",
     [
-        (lambda d: os.truncate(d / "answers-00000.bin", 40), "has 40 bytes, expected 96: the file is damaged"),
+        (lambda d: os.truncate(d / "answers-00000.bin", 40), "has 40 bytes, expected 144: the file is damaged"),
         (lambda d: (d / "answers-00000.bin").unlink(), "answers-00000.bin' cannot be read .No such file"),
         (
             lambda d: (d / "record.json").unlink(),
@@ -468,7 +492,7 @@ def write_row(folder, position, value):
         (lambda d: (d / "record.json").write_text("[" * 100_000), "record.json' cannot be read"),
         (lambda d: (d / "record.json").write_text("[1]"), "record.json' cannot be read"),
         (lambda d: (d / "record.json").write_bytes(bytes(2_000_000)), "record.json' cannot be read"),
-        (lambda d: change_header(d, format=2), "its format is 2, and this version of hf_deit reads 1: record anew"),
+        (lambda d: change_header(d, format=1), "its format is 1, and this version of hf_deit reads 2: record anew"),
         (lambda d: change_header(d, steps=-1), "record.json' is damaged"),
         (lambda d: change_header(d, steps=10**9), "answers-00001.bin' cannot be read"),
         (lambda d: change_header(d, kind="soft", top_k=10**9), "record.json' is damaged"),
@@ -478,7 +502,11 @@ def write_row(folder, position, value):
         (lambda d: change_header(d, fingerprint={}), "images is 48, recorded with None"),
         (lambda d: change_header(d, more=1), "record.json' cannot be read: .*more"),
         (lambda d: write_row(d, 13, 0), "has no teacher outputs for position 13 of epoch 0: resume the recording run"),
-        (lambda d: write_row(d, 13, 4), "a row from position 8 on has a class above 2"),
+        (lambda d: flip_bit(d, 27), "the checksum of positions 8 to 15 of epoch 0 is another"),
+        (lambda d: flip_bit(d, 96 + 8 + 3), "the checksum of positions 8 to 15 of epoch 0 is another"),
+        (lambda d: swap_batches(d), "the checksum of positions 0 to 7 of epoch 0 is another"),
+        (lambda d: write_row(d, 13, 4, forge=True), "a row from position 8 on has a class above 2"),
+        (lambda d: change_header(d, teacher=TEACHER | {"name": "a\x1b[2J"}), "record.json' is damaged"),
         (lambda d: change_header(d, steps=6), "has no teacher outputs for position 16 of epoch 0"),
     ],
 )
@@ -516,7 +544,7 @@ def test_a_directory_of_other_files_is_left_alone(tiny_images, tmp_path):
 
 def test_a_truncated_file_is_not_recorded_over(tiny_images, tmp_path, copied):
     os.truncate(copied / "answers-00000.bin", 40)
-    with pytest.raises(ValueError, match="has 40 bytes, expected 96: the file is damaged. Delete the directory"):
+    with pytest.raises(ValueError, match="has 40 bytes, expected 144: the file is damaged. Delete the directory"):
         trainer(tiny_images(), tmp_path, teacher_record=str(copied), max_steps=2).train()
 
 
@@ -576,3 +604,60 @@ def test_the_command_line_records_and_replays(tmp_path):
     assert "Teacher: python:given_teacher:make" in card and "its decisions replayed" in card
     refused = run("--teacher_replay", "record", "--output_dir", "third", "--num_repeats", "1")
     assert refused.returncode == 1 and refused.stderr.strip().splitlines()[-1].startswith("error: teacher_replay")
+
+
+def test_one_replaced_image_or_label_is_another_set(tiny_images, tmp_path):
+    """Also where the bytes are as many as before."""
+    rows = [dict(row) for row in tiny_images()["train"]]
+    before = fingerprint_of_images(rows)
+    for index in range(len(rows)):
+        data = bytearray(rows[index]["image"]["bytes"])
+        data[-20] ^= 1
+        image = {"bytes": bytes(data), "path": None}
+        assert fingerprint_of_images([*rows[:index], rows[index] | {"image": image}, *rows[index + 1 :]]) != before
+    assert fingerprint_of_images([*rows[:7], rows[7] | {"label": 2}, *rows[8:]]) != before
+
+
+def test_of_a_large_set_every_size_and_label_counts(tiny_images, monkeypatch):
+    monkeypatch.setattr("hf_deit.teachers.fingerprint.HASHED_BYTES", 0)
+    rows = [dict(row) for row in tiny_images()["train"]]
+    before = fingerprint_of_images(rows)
+    longer = {"bytes": rows[5]["image"]["bytes"] + b"\0", "path": None}
+    assert fingerprint_of_images([*rows[:5], rows[5] | {"image": longer}, *rows[6:]]) != before
+    assert fingerprint_of_images(tiny_images()["train"]) == before
+
+
+def test_one_replaced_label_or_image_of_a_stream_is_noticed(tiny_images, tmp_path):
+    images, rows = tiny_images(), list(tiny_images()["train"])
+    digests = set()
+    for number, change in enumerate(({}, {"label": 2}, {"image": rows[20]["image"]})):
+        (tmp_path / str(number)).mkdir()
+        changed = [*rows[:9], rows[9] | change, *rows[10:]]
+        train = datasets.Dataset.from_list(changed, features=images["train"].features)
+        digests.add(fingerprint_of_images(streamed(dict(images) | {"train": train}, tmp_path / str(number))["train"]))
+    assert len(digests) == 3
+
+
+def test_a_teacher_that_answers_in_the_same_memory_is_recorded_batch_by_batch(tmp_path):
+    logits = torch.zeros(4, 3)
+    views = np.stack([np.zeros(8, int), np.arange(8)], axis=1)
+
+    def fingerprint():
+        return {"classes": 3, "images": 8, "views of a step": 8, BATCH: 4}
+
+    same = {"directory": tmp_path / "record", "kind": "soft", "batch_size": 4}
+    recording = RecordingTeacher(Answers(logits), fingerprint, top_k=3, device=torch.device("cpu"), **same)
+    for number in range(2):
+        logits.fill_(number)
+        recording(None, views[4 * number : 4 * number + 4])
+    recording.commit(1)
+    replayed = ReplayedTeacher(fingerprint, **same)
+    for number in range(2):
+        assert (replayed(torch.empty(1), views[4 * number : 4 * number + 4]) == number).all()
+
+
+def test_what_a_killed_first_write_left_is_no_obstacle(tiny_images, tmp_path):
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record" / "record.jsonx1y2z3").write_text("{")
+    trainer(tiny_images(), tmp_path / "run", teacher_record=str(tmp_path / "record"), max_steps=1).train()
+    assert sorted(path.name for path in (tmp_path / "record").iterdir()) == ["answers-00000.bin", "record.json"]

@@ -475,3 +475,31 @@ def test_an_onnx_session_in_a_module_teaches(tmp_path, pixels):
     resized = F.interpolate(pixels, (16, 16), mode="bicubic", antialias=True)
     with torch.no_grad():
         torch.testing.assert_close(teacher(pixels), plain(resized), atol=1e-4, rtol=1e-4)
+class Moody(TinyConvnet):
+    """A network that answers otherwise after it was loaded."""
+
+    answer = None
+
+    def forward(self, pixels):
+        logits = super().forward(pixels)
+        return logits if self.answer is None else self.answer(logits)
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (lambda logits: {}, "returned a dict; expected logits of shape"),
+        (lambda logits: "text", "returned a str; expected logits"),
+        (lambda logits: logits[:, :2], r"returned logits of shape \(4, 2\) for 4 images; expected \(4, 10\)"),
+        (lambda logits: logits[:1], "returned logits of shape"),
+        (lambda logits: logits.mean(), r"returned logits of shape \(\) for 4 images"),
+    ],
+)
+def test_a_teacher_that_returns_something_else_in_mid_run_is_named(answer, message):
+    network = Moody()
+    teacher = load_teacher(network, id2label=None, mean=(0, 0, 0), std=(1, 1, 1), image_size=32)
+    pixels = torch.zeros(4, 3, 32, 32)
+    classes = teacher(pixels).shape[1]
+    network.answer = answer
+    with pytest.raises(ValueError, match=f"teacher 'Moody' {message.replace('10', str(classes))}"):
+        teacher(pixels)

@@ -102,6 +102,7 @@ def build_student(model_args: ModelArguments, image_size: int, id2label: dict[in
     from ..models.classifiers import load_pretrained
     from ..models.configuration_deit import DeiTConfig
     from ..models.modeling_deit import DeiTForImageClassification, DeiTForImageClassificationWithTeacher
+    from ..models.weight_files import check_attention
 
     model_class = DeiTForImageClassification
     if model_args.use_distillation_token:
@@ -111,5 +112,6 @@ def build_student(model_args: ModelArguments, image_size: int, id2label: dict[in
     backend = model_args.attn_implementation
     if model_args.model_name_or_path is not None:
         return load_pretrained(model_class, model_args.model_name_or_path, attn_implementation=backend, **fields)
+    check_attention(backend, "attn_implementation")
     config = DeiTConfig.from_size(model_args.model_size or "base", **fields)
     return model_class._from_config(config, attn_implementation=backend)

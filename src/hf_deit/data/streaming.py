@@ -106,6 +106,31 @@ class StreamedImages:
         """The schema of each file, including the features that datasets stored in it."""
         return [footer.schema.to_arrow_schema() for footer in self._footers]
 
+    def stored_labels(self) -> list:
+        """Read the label of every image, as it is stored: only this column of the files is fetched."""
+
+        def read_file(file: int) -> list:
+            def read(stream: BinaryIO) -> list:
+                parquet = pq.ParquetFile(stream, metadata=self._footers[file], pre_buffer=True)
+                return parquet.read(columns=[self._columns[1]], use_threads=False).column(0).to_pylist()
+
+            return _read_with_retries(self._files[file], read)
+
+        with ThreadPoolExecutor(16) as threads:
+            labels = [label for part in threads.map(read_file, range(len(self._files))) for label in part]
+        return labels[: len(self)]
+
+    def stored_sizes(self) -> list[int]:
+        """Bytes that the images of each row group take in its file, compressed as they are, from the footers."""
+        image = self._columns[0]
+        sizes = []
+        for (file, group), size in zip(self._blocks, np.diff(self._ends, prepend=0).tolist(), strict=True):
+            row_group = self._footers[file].row_group(group)
+            columns = [row_group.column(number) for number in range(row_group.num_columns)]
+            own = [each for each in columns if each.path_in_schema.split(".")[0] == image]
+            sizes += [sum(each.total_compressed_size for each in own)] if size else []
+        return sizes
+
     def take(self, num_images: int) -> StreamedImages:
         """Return a stream of the first `num_images` images."""
         first = copy.copy(self)

@@ -13,7 +13,6 @@ Source: facebookresearch/deit models.py; timm/models/deit.py and vision_transfor
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import read_json, read_text
 from .configuration_deit import STOCK_VALUES, DeiTConfig, as_pair
 from .weight_files import find_file, read_weights, state_dict_of
 
@@ -245,9 +245,9 @@ def write_original(weights: Mapping[str, Tensor], path: str | os.PathLike) -> No
 def read_class_names(path: str | os.PathLike) -> dict[int, str]:
     """Read `id2label` from a text file of class names, one per line, in the order of the classes."""
     try:
-        names = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"class names {str(path)!r} cannot be read: {error}") from error
+        names = read_text(path).splitlines()
+    except UserError as error:
+        raise UserError(f"class names {error}") from error
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise UserError(f"class names {str(path)!r} are empty: write one name per line, in the order of the classes")
@@ -305,9 +305,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _read_json(where: str, name: str) -> dict:
-    file = find_file(where, name)
     try:
-        return json.loads(Path(file).read_text("utf-8"))
+        return read_json(find_file(where, name))
     except ValueError as error:
         raise UserError(f"{name} of {where!r} cannot be read: {error}") from error
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..errors import UserError, first_line, some_of
 from .class_names import class_names
 from .configuration_deit import as_pair
-from .weight_files import read_weights, stored_types
+from .weight_files import check_attention, check_json_of, read_weights, stored_types
 
 
 logger = logging.getLogger(__name__)
@@ -210,6 +210,8 @@ def load_pretrained(model_class: type, spec: str, **kwargs) -> Any:
         spec = str(path)
     elif path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") > 1:
         raise UserError(f"model {spec!r} does not exist: there is no such directory{_did_you_mean(path)}")
+    check_attention(kwargs.get("attn_implementation"), "attn_implementation")
+    check_json_of(spec)
     level = logging.INFO if "dtype" in kwargs else logging.WARNING  # a caller that names a type knows it
     kwargs.setdefault("dtype", torch.float32)
     try:

@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightRenaming
 
 from ..errors import UserError
 from .configuration_deit import DeiTConfig
+from .weight_files import check_attention
 
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,11 @@ class LoadsAnyDeiT(PreTrainedModel):
         super().__init__(config)
         if not config.use_distillation_token:
             self.base_model_prefix = "vit"  # its name on the Hub
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """As in Transformers, without kernels that would be downloaded: also `set_attn_implementation` comes here."""
+        check_attention(attn_implementation, "attn_implementation")
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import json
 import logging
+import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.hub import cached_file
 
-from ..errors import UserError, first_line, some_of
+from ..errors import UserError, first_line, printable, some_of
+from ..files import read_json
 
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,68 @@ NOT_WEIGHTS = {
 }
 
 
+# Attention by the names of Transformers' own code; any other name is that of a kernel, code that would be downloaded.
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+_INDEX = "model.safetensors.index.json"
+_JSON_FILES = ("config.json", "preprocessor_config.json", "processor_config.json", _INDEX)
+
+
+def check_attention(name: Any, where: str) -> None:
+    """Refuse an attention implementation that is not Transformers' own.
+
+    Args:
+        name: as given: a name, or names by part of the network; None is the default.
+        where: it stands, for the message.
+
+    Raises:
+        UserError: it is none of [`ATTENTION`].
+    """
+    for one in name.values() if isinstance(name, Mapping) else [name]:
+        if one is not None and one not in ATTENTION:
+            raise UserError(
+                f"{where} is {printable(repr(one))}; expected one of {', '.join(ATTENTION)}: any other name is a "
+                "kernel, code that would be downloaded"
+            )
+
+
+def check_json_of(where: str) -> None:
+    """Check the JSON files of a directory, or of a Hub repository, that say how a model is loaded.
+
+    Raises:
+        UserError: one is too large, damaged, names code to download, or a shard outside the directory.
+    """
+    for name in _JSON_FILES:
+        try:
+            file = find_file(where, name)
+        except UserError:  # Transformers says whether the model needs it
+            continue
+        content = read_json(file)
+        if not isinstance(content, Mapping):
+            raise UserError(f"{str(file)!r} is a {type(content).__name__}; expected keys and values")
+        if name == _INDEX:
+            shards = content.get("weight_map")
+            shards = shards.values() if isinstance(shards, Mapping) else [None]
+            for shard in shards:
+                if not isinstance(shard, str) or shard != os.path.basename(shard):
+                    raise UserError(
+                        f"{str(file)!r} is damaged: {printable(repr(shard))} is no name of a file beside it"
+                    )
+        for part in _mappings(content):
+            for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+                check_attention(part.get(key), f"{key} in {str(file)!r}")
+
+
+def _mappings(content: Any) -> Iterator[Mapping]:
+    """All mappings in the content of a JSON file, however deep."""
+    stack = [content]
+    while stack:
+        if isinstance(one := stack.pop(), Mapping):
+            yield one
+            stack += one.values()
+        elif isinstance(one, list):
+            stack += one
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a `.safetensors` file, or of a `.pth` file of timm, DeiT's authors or plain PyTorch.
 
@@ -47,7 +110,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ValueError: the file does not exist, is no checkpoint, or cannot be read without running code.
     """
     if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist")
+        what = "is no regular file" if path.exists() else "does not exist"
+        raise UserError(f"checkpoint {str(path)!r} {what}")
     only = "Only .safetensors, and .pth files of tensors and plain values, are read"
     with path.open("rb") as file:
         start = file.read(64)
@@ -130,14 +194,13 @@ def stored_types(where: str) -> set[str]:
     """
     from safetensors import safe_open
 
-    index = "model.safetensors.index.json"
     try:
-        file = Path(find_file(where, "model.safetensors", index))
+        file = Path(find_file(where, "model.safetensors", _INDEX))
     except UserError:
         return set()
     files = [file]
-    if file.name == index:
-        shards = set(json.loads(file.read_text("utf-8"))["weight_map"].values())
+    if file.name == _INDEX:
+        shards = set(read_json(file)["weight_map"].values())
         files = [Path(find_file(where, shard)) for shard in shards]
     types: set[str] = set()
     for one in files:

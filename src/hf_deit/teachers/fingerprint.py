@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
-from ..data.labels import labels_of
+from ..data.decoding import MAX_BYTES, path_of
 from ..data.views import TrainViews
 from ..errors import UserError
+from ..files import MEBIBYTE, read_file
 
 
-# Number of images whose bytes are part of the fingerprint, spread evenly over the dataset.
+# How much of the images is part of the fingerprint beside their sizes, and of a stream how many images.
+HASHED_BYTES = 256 * MEBIBYTE
 SAMPLED_IMAGES = 8
 
 
@@ -50,7 +53,7 @@ def fingerprint_of_views(
         )
     fingerprint = {
         "images": len(views),
-        "labels and sampled images": fingerprint_of_images(views.images),
+        "labels and images": fingerprint_of_images(views.images),
         "classes": len(class_names),
         "class names": digest(json.dumps(list(class_names)).encode()),
         "seed of the views": views.seed,
@@ -70,21 +73,49 @@ def fingerprint_of_views(
 
 
 def fingerprint_of_images(images: Any) -> str:
-    """Return 16 hexadecimal digits that depend on all labels and on the encoded bytes of 8 images.
+    """Return 16 hexadecimal digits that depend on every label, the order, and every encoded image.
 
-    For a stream, whose labels would have to be downloaded, only the labels of the 8 images count.
+    Of each image the number of bytes counts, and the bytes themselves of images spread evenly over the dataset, up to
+    `HASHED_BYTES`: of a small set all images. Of a stream, whose images would have to be downloaded, the stored size of
+    each row group takes the place of the single sizes, and the bytes of 8 images count.
     """
-    is_stream = hasattr(images, "block_sizes")
-    if is_stream:
+    if hasattr(images, "block_sizes"):
         images = images.take(len(images))  # a copy, so that the row groups read here are not kept
-    labels = labels_of(images)
-    digest = hashlib.sha256(b"" if labels is None else labels.astype("<i8").tobytes())
-    sample = sorted(set(np.linspace(0, len(images) - 1, SAMPLED_IMAGES).astype(int).tolist()))
-    sampled: Any = images
-    for row in sampled.__getitems__(sample) if is_stream else [images[index] for index in sample]:
-        digest.update(str(row["label"]).encode())
-        digest.update(hashlib.sha256(_encoded(row["image"] or {})).digest())
+        digest = hashlib.sha256(json.dumps([images.stored_labels(), images.stored_sizes()], default=str).encode())
+        sample = sorted(set(np.linspace(0, len(images) - 1, SAMPLED_IMAGES).astype(int).tolist()))
+        for row in images.__getitems__(sample):
+            digest.update(hashlib.sha256(_encoded(row["image"] or {})).digest())
+        return digest.hexdigest()[:16]
+    labels, sizes = _labels_and_sizes(images)
+    digest = hashlib.sha256(np.asarray(labels, "<i8").tobytes() + np.asarray(sizes, "<i8").tobytes())
+    count = len(images) if sum(sizes) <= HASHED_BYTES else int(len(images) * HASHED_BYTES / sum(sizes))
+    for index in sorted(set(np.linspace(0, len(images) - 1, count).astype(int).tolist())):
+        digest.update(hashlib.sha256(_encoded(images[index]["image"] or {})).digest())
     return digest.hexdigest()[:16]
+
+
+def _labels_and_sizes(images: Any) -> tuple[Sequence[int], list[int]]:
+    """The label and the number of encoded bytes of each image, -1 for a missing file; no image is read."""
+    if hasattr(images, "with_format"):
+        rows, labels, sizes = images.with_format("arrow"), [], []
+        for start in range(0, len(rows), 1000):  # a subset is copied out of its table
+            table = rows[start : start + 1000].flatten()
+            labels += table["label"].to_pylist()
+            lengths, paths = pc.binary_length(table["image.bytes"]).to_pylist(), table["image.path"].to_pylist()
+            sizes += [_size_of(path) if n is None else n for n, path in zip(lengths, paths, strict=True)]
+        return labels, sizes
+    rows = [images[index] for index in range(len(images))]
+    stored = [row["image"] or {} for row in rows]
+    return [row["label"] for row in rows], [
+        _size_of(image.get("path")) if image.get("bytes") is None else len(image["bytes"]) for image in stored
+    ]
+
+
+def _size_of(path: str | None) -> int:
+    try:
+        return -1 if path is None else os.stat(path_of(path)).st_size
+    except (OSError, ValueError):  # a damaged image, which training replaces by its neighbour
+        return -1
 
 
 def _shown(value: object) -> object:
@@ -99,8 +130,8 @@ def _encoded(image: Mapping) -> bytes:
     if image.get("bytes") is not None or image.get("path") is None:
         return image.get("bytes") or b""
     try:
-        return Path(image["path"]).read_bytes()
-    except OSError:  # a damaged image, which training replaces by its neighbour
+        return read_file(path_of(image["path"]), MAX_BYTES)
+    except (OSError, ValueError):  # a damaged image, which training replaces by its neighbour
         return b""
 
 

@@ -10,14 +10,16 @@ the outputs depend on, and `answers-<epoch>.bin` has one row of fixed size for e
                     exponentials of the other logits (float32): 6 k + 6 bytes
 
 A row of zeros is a view that was not recorded, so a file can have its full size from the start (it takes no space
-until rows are written), and rows can be written in any order, by any rank.
+until rows are written), and rows can be written in any order, by any rank. After the rows of an epoch stand their
+checksums, 8 bytes for each batch of a device: of a hash over epoch, position and rows. Every batch that is replayed is
+verified: a record is read for weeks, and a flipped bit would train other weights without a word.
 
 **The k largest logits are an approximation.** The remaining probability, at temperature 1, is spread evenly over the
 other classes; at the higher temperatures of eq. 2 these classes then get more probability than the teacher gave them.
 
 Everything the outputs depend on is compared before a row is used, and any difference is an error that names it. Not
 compared: library versions, which only cause a warning, and images damaged later. A record holds numbers and JSON, no
-code.
+code. Records of format 1 have no checksums and are refused.
 
 Source: no other project does all of this. Shen and Xing 2021 (arXiv 2112.01528) and Wu et al. 2022 (TinyViT, arXiv
 2207.10666) store the largest of a teacher's probabilities, per crop and per seed of a view.
@@ -25,6 +27,7 @@ Source: no other project does all of this. Shen and Xing 2021 (arXiv 2112.01528)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -42,16 +45,19 @@ import torch
 from accelerate import PartialState
 
 from .. import __version__
-from ..errors import UserError
-from ..files import flush
+from ..errors import UserError, printable
+from ..files import MEBIBYTE, flush, read_file
 
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "record.json"
-MAX_HEADER_BYTES = 1 << 20
+CHECKSUM = np.dtype("V8")
+LEFTOVER = re.compile(re.escape(HEADER) + r"\w+")  # of a header whose writing was killed
 MAX_CLASSES = 2**16 - 1  # class + 1 is stored in two bytes
+BATCH = "views of a device's batch"
+_COUNTS = ("images", "classes", "views of a step", BATCH)
 # Libraries whose versions may change a pixel value by 1 of 255.
 LIBRARIES = ("Pillow", "torch", "albumentations", "opencv-python-headless", "opencv-python", "simplejpeg")
 
@@ -99,8 +105,7 @@ class Header:
         """
         path = directory / HEADER
         try:
-            with path.open("rb") as file:
-                found = json.loads(file.read(MAX_HEADER_BYTES).decode())
+            found = json.loads(read_file(path, MEBIBYTE).decode())
             if found["format"] != FORMAT:
                 raise UserError(
                     f"its format is {found['format']!r}, and this version of hf_deit reads {FORMAT}: record anew"
@@ -113,13 +118,16 @@ class Header:
             good &= isinstance(teacher["name"], str) and isinstance(teacher["device"], str)
             good &= re.fullmatch("[0-9a-f]{16}", teacher["sha256"]) is not None
             good &= isinstance(header.fingerprint, dict) and isinstance(header.versions, dict)
+            good &= teacher["name"] == printable(teacher["name"])
+            good &= all(type(header.fingerprint.get(name, 1)) is int for name in _COUNTS)
+            good &= all(0 < header.fingerprint.get(name, 1) < 2**40 for name in _COUNTS)
         except FileNotFoundError as error:
             raise UserError(
                 f"{str(directory)!r} holds no {HEADER}: name a directory that was written by teacher_record, on a "
                 "file system that all processes share"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{str(path)!r} cannot be read: {error}") from error
+            raise UserError(f"{str(path)!r} cannot be read: {printable(str(error))}") from error
         if not good:
             raise UserError(
                 f"{str(path)!r} is damaged: a value of kind, top_k, steps, teacher, fingerprint or versions is out of "
@@ -151,6 +159,17 @@ class Header:
     @property
     def views_per_epoch(self) -> int:
         return self.steps_per_epoch * self.fingerprint["views of a step"]
+
+    @property
+    def bytes_per_epoch(self) -> int:
+        """Size of the file of one epoch: its rows, then their checksums."""
+        batches = self.views_per_epoch // self.fingerprint[BATCH]
+        return self.views_per_epoch * self.dtype.itemsize + batches * CHECKSUM.itemsize
+
+    def place_of_checksum(self, first: int) -> int:
+        """Where in the file of an epoch the checksum of the batch from position `first` on stands."""
+        batch = first // self.fingerprint[BATCH]
+        return self.views_per_epoch * self.dtype.itemsize + batch * CHECKSUM.itemsize
 
     @property
     def dtype(self) -> np.dtype:
@@ -187,6 +206,11 @@ def is_recorded(directory: str | os.PathLike, epochs: float) -> bool:
         return False
     header = Header.read(Path(directory))
     return header.steps >= math.ceil(epochs * header.steps_per_epoch)
+
+
+def checksum(epoch: int, first: int, rows: np.ndarray) -> bytes:
+    """Return the checksum of the rows of one batch, which begins at position `first`."""
+    return hashlib.blake2b(f"{epoch} {first} ".encode() + rows.tobytes(), digest_size=CHECKSUM.itemsize).digest()
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:

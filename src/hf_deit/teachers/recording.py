@@ -20,9 +20,11 @@ from ..files import flush
 from ..processes import on_main_process
 from .record import (
     HEADER,
+    LEFTOVER,
     MAX_CLASSES,
     Header,
     answers_file,
+    checksum,
     differences,
     first_of_batch,
     versions_here,
@@ -96,7 +98,11 @@ class RecordingTeacher(TrainerCallback):
     def _begin(self, header: Header) -> Header:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            entries = list(self.directory.iterdir())
+            entries = sorted(self.directory.iterdir())
+            for entry in [entry for entry in entries if LEFTOVER.fullmatch(entry.name) and entry.is_file()]:
+                if not entry.is_symlink():
+                    entry.unlink()
+                    entries.remove(entry)
             if links := [entry.name for entry in entries if entry.is_symlink()]:
                 raise UserError(
                     f"teacher_record {str(self.directory)!r} holds the link {links[0]!r}, and the run would write "
@@ -138,7 +144,8 @@ class RecordingTeacher(TrainerCallback):
         """
         epoch, first = first_of_batch(view_ids, self.batch_size)
         logits = self.teacher(pixel_values)
-        self._pending.append((epoch, first, logits))
+        # A copy: a network may write its next output into the same memory.
+        self._pending.append((epoch, first, logits.detach().clone()))
         return logits
 
     # Called by the Trainer
@@ -184,11 +191,13 @@ class RecordingTeacher(TrainerCallback):
             rows = self._rows(logits)
             try:
                 # No memory mapping: if two hosts wrote to the same page, the rows of one would be lost.
-                written = os.pwrite(self._descriptor(epoch), rows.tobytes(), first * rows.itemsize)
+                file, check = self._descriptor(epoch), checksum(epoch, first, rows)
+                written = os.pwrite(file, rows.tobytes(), first * rows.itemsize)
+                written += os.pwrite(file, check, self.header.place_of_checksum(first))
             except OSError as error:
                 raise self._unwritable(error) from error
-            if written != rows.nbytes:
-                raise self._unwritable(f"only {written} of {rows.nbytes} bytes were written")
+            if written != rows.nbytes + len(check):
+                raise self._unwritable(f"only {written} of {rows.nbytes + len(check)} bytes were written")
         self._pending = []
 
     def _rows(self, logits: Tensor) -> np.ndarray:
@@ -209,7 +218,7 @@ class RecordingTeacher(TrainerCallback):
             path = answers_file(self.directory, epoch)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             self._open = epoch, descriptor
-            found, expected = os.fstat(descriptor), self.header.views_per_epoch * self.header.dtype.itemsize
+            found, expected = os.fstat(descriptor), self.header.bytes_per_epoch
             if not stat.S_ISREG(found.st_mode) or found.st_size not in (0, expected):
                 raise UserError(
                     f"{str(path)!r} has {found.st_size:,} bytes, expected {expected:,}: the file is damaged. Delete "

@@ -16,9 +16,11 @@ from transformers import TrainerCallback
 from ..errors import UserError
 from ..processes import on_main_process
 from .record import (
+    CHECKSUM,
     HEADER,
     Header,
     answers_file,
+    checksum,
     differences,
     first_of_batch,
     versions_here,
@@ -82,7 +84,7 @@ class ReplayedTeacher(TrainerCallback):
             )
         if not self.decides:
             warn_of_approximation(self.header)
-        self._rows: tuple[int, np.ndarray] | None = None  # epoch and its memory-mapped file
+        self._rows: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch; its rows and checksums, mapped
 
     def _open(self, fingerprint: dict) -> Header:
         header = Header.read(self.directory)
@@ -105,7 +107,7 @@ class ReplayedTeacher(TrainerCallback):
         return header
 
     def _check_sizes(self) -> None:
-        header, expected = self.header, self.header.views_per_epoch * self.header.dtype.itemsize
+        header, expected = self.header, self.header.bytes_per_epoch
         for epoch in range(-(-header.steps // header.steps_per_epoch)):
             path = answers_file(self.directory, epoch)
             try:
@@ -161,21 +163,26 @@ class ReplayedTeacher(TrainerCallback):
     def _read(self, epoch: int, first: int) -> np.ndarray:
         if self._rows is None or self._rows[0] != epoch:
             try:
-                mapped = np.memmap(
-                    answers_file(self.directory, epoch), self.header.dtype, "r", shape=self.header.views_per_epoch
-                )
+                file, views = answers_file(self.directory, epoch), self.header.views_per_epoch
+                mapped = np.memmap(file, self.header.dtype, "r", shape=views)
+                checksums = np.memmap(file, CHECKSUM, "r", mapped.nbytes, shape=views // self.batch_size)
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"teacher_replay {str(self.directory)!r} has no teacher outputs for epoch {epoch} ({error}): "
                     "resume the recording run, or shorten this run"
                 ) from error
-            self._rows = epoch, mapped
+            self._rows = epoch, mapped, checksums
         rows = np.array(self._rows[1][first : first + self.batch_size])
         missing = np.flatnonzero(rows["decision"] == 0)
         if len(missing):
             raise UserError(
                 f"teacher_replay {str(self.directory)!r} has no teacher outputs for position {first + missing[0]} of "
                 f"epoch {epoch}: resume the recording run, or shorten this run"
+            )
+        if self._rows[2][first // self.batch_size].tobytes() != checksum(epoch, first, rows):
+            raise UserError(
+                f"{str(answers_file(self.directory, epoch))!r} is damaged: the checksum of positions {first} to "
+                f"{first + self.batch_size - 1} of epoch {epoch} is another. Copy the record again, or record anew"
             )
         classes = self.header.fingerprint["classes"]
         if rows["decision"].max() > classes or (

@@ -229,7 +229,13 @@ class _Member(FrozenClassifier):
             pixels = pixels * self.scale + self.shift
         if self.image_size is not None and pixels.shape[-2:] != self.image_size:
             pixels = F.interpolate(pixels, size=self.image_size, mode="bicubic", antialias=True)
-        return self.in_wanted_order(self._logits(self.run(pixels)).float())
+        logits = self._logits(self.run(pixels)).float()
+        if logits.shape != (len(pixels), self.num_labels):
+            raise UserError(
+                f"teacher {self.name!r} returned logits of shape {tuple(logits.shape)} for {len(pixels)} images; "
+                f"expected {(len(pixels), self.num_labels)}, as when it was loaded"
+            )
+        return self.in_wanted_order(logits)
 
     def run(self, pixel_values: Tensor) -> Any:
         kind = pixel_values.device.type
@@ -269,10 +275,12 @@ class _Member(FrozenClassifier):
         assert refusal is not None
         raise refusal
 
-    @staticmethod
-    def _logits(output: Any) -> Tensor:
+    def _logits(self, output: Any) -> Tensor:
         logits = logits_of(output)
-        assert logits is not None  # the probe has refused what returns none
+        if logits is None:  # it returned some when it was loaded
+            raise UserError(
+                f"teacher {self.name!r} returned a {type(output).__name__}; expected logits of shape (images, classes)"
+            )
         return logits
 
     def _fold(self, size: tuple[int, int]) -> int:
