@@ -3,12 +3,14 @@ VENV ?= .venv
 PYTHON ?= python3
 # For example PYTEST_ARGS="-k losses -x"
 PYTEST_ARGS ?=
+# Of fuzzing each target
+MINUTES ?= 1
 
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.hf_deit-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow style quality types clean
+.PHONY: help install demo test test-slow fuzz style quality types clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +33,9 @@ test: $(INSTALLED) ## the fast tests, on up to four cores
 
 test-slow: $(INSTALLED) ## the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+fuzz: $(INSTALLED) ## change files of every kind at random and read them; MINUTES=10 a target
+	$(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES)
 
 style: $(INSTALLED) ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .

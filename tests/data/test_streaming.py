@@ -1,9 +1,12 @@
 """streaming.py: row groups read as their images are asked for give the images of the files, exactly once each."""
 
+import hashlib
 import json
 import pickle
+import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -330,3 +333,81 @@ def test_two_ranks_train_on_a_stream_over_http(hub, tmp_path):
     # Of the training files ranges were asked for, never a whole one.
     train = [request for request in hub.requests if "/store/" in request.path and "train-" in request.path]
     assert train and all(request.range for request in train if request.method == "GET")
+
+
+READ_A_STREAM = """
+import hashlib, json, sys, time
+import torch
+from hf_deit import load_image_dataset
+from hf_deit.data import streaming
+
+streaming.RETRY_WAITS = (0.1,) * 12
+images = load_image_dataset("user/pictures", streaming=True, splits=("train",))["train"]
+order = torch.randperm(len(images), generator=torch.Generator().manual_seed(int(sys.argv[1]))).tolist()
+read, longest = [], 0.0
+for _ in range(int(sys.argv[2])):
+    for start in range(0, len(order), 4):
+        begin = time.monotonic()
+        images._open_blocks.clear()  # every batch is asked of the server
+        for index, row in zip(order[start : start + 4], images.__getitems__(order[start : start + 4])):
+            read.append((index, row["label"], hashlib.sha256(row["image"]["bytes"]).hexdigest()))
+        longest = max(longest, time.monotonic() - begin)
+print(json.dumps({"read": read, "longest": longest}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_readers", "epochs"), [(2, 1), pytest.param(8, 6, marks=pytest.mark.slow)], ids=["two", "eight, for longer"]
+)
+def test_readers_get_the_right_images_of_a_server_that_fails_in_every_way(hub, tmp_path, num_readers, epochs):
+    """Errors, broken and stalled connections, short ranges, and another content of the same size behind the branch."""
+    files = every_image_its_own_class(tmp_path / "pictures", [11, 9, 8])
+    repository = hub.add_repo("dataset", "user/pictures", tmp_path / "pictures")
+    hub.stall_seconds, hub.latency = 4.0, 0.005
+    environment = hub.environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "OMP_NUM_THREADS": "1"}
+    readers = [
+        subprocess.Popen(
+            [sys.executable, "-c", READ_A_STREAM, str(number), str(epochs)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(num_readers)
+    ]
+    rng, faults, begin = random.Random(0), Counter(), time.monotonic()
+    changed = False
+    while any(reader.poll() is None for reader in readers) and time.monotonic() - begin < 240:
+        if not any(request.range for request in hub.requests):
+            time.sleep(0.05)  # the readers are still being imported
+            continue
+        if not changed:
+            changed = bool(repository.commit({file.name: bytes(file.stat().st_size) for file in files}))
+        kind = rng.choice(("fail", "cut", "stall", "short", "none"))
+        faults[kind] += 1
+        if kind == "fail":
+            hub.fail_next(1, rng.choice((500, 502, 503, 429)), ".parquet")
+        elif kind == "cut":
+            hub.cut_after(rng.choice((0, 1, 100)), ".parquet")
+        elif kind == "stall":
+            hub.stall_after(rng.choice((0, 50)), ".parquet")
+        elif kind == "short":
+            hub.shorten(rng.choice((0, 1, 100)), ".parquet")
+        time.sleep(0.2)
+    for reader in readers:
+        reader.kill()
+    ends = [reader.communicate() for reader in readers]
+    assert [reader.returncode for reader in readers] == [0] * num_readers, [error[-1500:] for _, error in ends]
+    local = StreamedImages([str(file) for file in files], FEATURES, image_column="picture", label_column="label")
+    expected = {
+        (index, row["label"], hashlib.sha256(row["image"]["bytes"]).hexdigest()) for index, row in enumerate(local)
+    }
+    longest = 0.0
+    for out, _ in ends:
+        result = json.loads(out)
+        assert set(map(tuple, result["read"])) == expected and len(result["read"]) == 28 * epochs
+        longest = max(longest, result["longest"])
+    assert changed and longest < 120
+    print(
+        f"{num_readers} readers, {sum(faults.values()) - faults['none']} faults {dict(faults)}, longest {longest:.1f} s"
+    )

@@ -195,6 +195,9 @@ class HubServer:
         self.failures: list[tuple[int, str]] = []
         self.cuts: list[tuple[int, str]] = []
         self.cut_requests: list[tuple[int, str]] = []
+        self.stalls: list[tuple[int, str]] = []
+        self.shortened: list[tuple[int, str]] = []
+        self.stall_seconds = 5.0
         self.lock = threading.RLock()
 
     def __enter__(self) -> HubServer:
@@ -259,6 +262,14 @@ class HubServer:
         """Break the connection after `size` bytes of the next `count` bodies that are longer."""
         self.cuts += [(size, containing)] * count
 
+    def stall_after(self, size: int, containing: str = "", count: int = 1) -> None:
+        """Send `size` bytes of the next `count` bodies that are longer, then nothing for `stall_seconds`."""
+        self.stalls += [(size, containing)] * count
+
+    def shorten(self, size: int, containing: str = "", count: int = 1) -> None:
+        """Answer with the first `size` bytes of the next `count` bodies that are longer, as if they were all."""
+        self.shortened += [(size, containing)] * count
+
     def cut_upload_after(self, size: int, containing: str = "", count: int = 1) -> None:
         """Break the connection after `size` bytes of the next `count` bodies sent here that are longer."""
         self.cut_requests += [(size, containing)] * count
@@ -309,15 +320,21 @@ class HubHandler(BaseHTTPRequestHandler):
         except Refusal as refusal:
             answer = refusal.answer
         body = b"" if self.command == "HEAD" else answer.body
-        cut = self.hub.take(self.hub.cuts, path, below=len(body))
+        short = self.hub.take(self.hub.shortened, path, below=len(body))
+        body, whole = body[:short], answer.body[:short]
+        stall = self.hub.take(self.hub.stalls, path, below=len(body))
+        cut = stall if stall is not None else self.hub.take(self.hub.cuts, path, below=len(body))
         self.send_response(answer.status)
-        for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
+        for name, value in {**answer.headers, "Content-Length": str(len(whole))}.items():
             self.send_header(name, value)
         self.end_headers()
         # First the note, then the bytes: whoever has an answer finds it recorded.
         body = body[:cut]
         self.hub.requests.append(Request(self.command, path, self.headers["Range"], answer.status, len(body)))
         self.wfile.write(body)
+        if stall is not None:
+            self.wfile.flush()
+            time.sleep(self.hub.stall_seconds)
         if cut is not None:
             self.hang_up()
 

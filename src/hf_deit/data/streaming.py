@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import UserError, printable
+from ..errors import UserError, first_line, printable
 from .decoding import check_paths
 
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MAX_ROW_GROUP_BYTES = 8 << 30
 # Seconds to wait before each further try: five minutes without the server do not end a run of days.
 RETRY_WAITS = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)
 
@@ -193,20 +194,41 @@ class StreamedImages:
     def _read_block(self, number: int) -> _Block:
         (file, group), (image_column, label_column) = self._blocks[number], self._columns
         footer = self._footers[file]
+        if (size := footer.row_group(group).total_byte_size) > MAX_ROW_GROUP_BYTES:
+            raise UserError(
+                f"{self._files[file]!r}: row group {group} has {size:,} bytes, and at most {MAX_ROW_GROUP_BYTES:,} "
+                "are read at once: write the file with smaller row groups"
+            )
 
         def read(stream: BinaryIO) -> pa.Table:
-            parquet = pq.ParquetFile(stream, metadata=footer, pre_buffer=True)
+            parquet = pq.ParquetFile(stream, metadata=footer, pre_buffer=True, page_checksum_verification=True)
             return parquet.read_row_group(group, columns=[image_column, label_column], use_threads=False)
 
         table = _read_with_retries(self._files[file], read).flatten()  # a struct's fields become columns
+        if {label_column} - set(table.column_names) or len(table) != footer.row_group(group).num_rows:
+            raise UserError(
+                f"{self._files[file]!r} is damaged: row group {group} has {len(table)} rows and the columns "
+                f"{printable(', '.join(table.column_names))}; expected {footer.row_group(group).num_rows} rows and "
+                f"the columns {image_column!r} and {label_column!r}"
+            )
         labels = table.column(label_column).to_pylist()
         if image_column in table.column_names:
             return _Block(table.column(image_column), None, labels)
-        return _Block(table.column(f"{image_column}.bytes"), table.column(f"{image_column}.path"), labels)
+        fields = [f"{image_column}.bytes", f"{image_column}.path"]
+        if set(fields) - set(table.column_names):
+            raise UserError(
+                f"{self._files[file]!r}: the column {image_column!r} holds no images; expected bytes, or "
+                "bytes and path"
+            )
+        return _Block(*(table.column(name) for name in fields), labels)
 
     def _class_index(self, label: Any) -> int:
-        if self._classes is None:
+        if self._classes is None and isinstance(label, int):
             return label
+        if label is None:
+            raise UserError("a streamed image has no label (null): remove such images from the files")
+        if self._classes is None:
+            raise UserError(f"a streamed image has the label {label!r}; expected the number of a class")
         if label not in self._classes:
             raise UserError(
                 f"a streamed image has the label {label!r}, which is none of the {len(self._classes)} classes of the "
@@ -234,8 +256,9 @@ def _read_with_retries(file: str, read: Callable[[BinaryIO], T]) -> T:
                 return read(stream)
         except Exception as error:  # each client library and each kind of broken response raises its own exceptions
             if not remote or wait is None or _is_final(error):
-                raise UserError(f"cannot read {file!r}: {type(error).__name__}: {error}") from error
-            logger.warning("reading %r failed (%s: %s); next try in %d s", file, type(error).__name__, error, wait)
+                raise UserError(f"cannot read {file!r}: {type(error).__name__}: {first_line(error)}") from error
+            reason = first_line(error)
+            logger.warning("reading %r failed (%s: %s); next try in %d s", file, type(error).__name__, reason, wait)
             time.sleep(wait)
     raise AssertionError("the last try raises")
 

@@ -76,8 +76,8 @@ def fingerprint_of_images(images: Any) -> str:
     """Return 16 hexadecimal digits that depend on every label, the order, and every encoded image.
 
     Of each image the number of bytes counts, and the bytes themselves of images spread evenly over the dataset, up to
-    `HASHED_BYTES`: of a small set all images. Of a stream, whose images would have to be downloaded, the stored size of
-    each row group takes the place of the single sizes, and the bytes of 8 images count.
+    `HASHED_BYTES`: of a small set all images. Of a stream, whose images would have to be downloaded, the stored size
+    of each row group takes the place of the single sizes, and the bytes of 8 images count.
     """
     if hasattr(images, "block_sizes"):
         images = images.take(len(images))  # a copy, so that the row groups read here are not kept
