@@ -1,4 +1,4 @@
-"""Fuzzing (tests/fuzz/): every target reads what it changes, or refuses it in one line. `make fuzz` runs it for longer."""
+"""tests/fuzz: every target reads what was changed, or refuses it in one line. `make fuzz` runs it for longer."""
 
 import subprocess
 import sys
