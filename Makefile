@@ -8,9 +8,10 @@ MINUTES ?= 1
 
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.hf_deit-installed
+DOCS_INSTALLED := $(VENV)/.hf_deit-docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow fuzz style quality types clean
+.PHONY: help install demo test test-slow fuzz style quality types docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +49,13 @@ quality: $(INSTALLED) ## what style would change or cannot fix
 types: $(INSTALLED) ## pyright over the modules that are clean of type errors
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(DOCS_INSTALLED) ## build the documentation into site/, with links and references checked
+	PYTHONPATH=src $(BIN)/zensical build --strict --clean
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install -e ".[docs]" -c constraints.txt
+	touch $@
+
 clean: ## remove caches and builds; environment and runs stay
-	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist site .cache src/*.egg-info .pytest_cache .ruff_cache
 	find src recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,7 +34,19 @@ INSTALL = [
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 TENSORBOARD = ["tensorboard"]
 HEIF = ["pillow-heif"]  # photos of iPhones
-DEV = [*EXPORT, *TENSORBOARD, "hypothesis", "parameterized", "pyright[nodejs]", "pytest", "pytest-xdist", "ruff"]
+DOCS = ["mkdocstrings-python", "zensical"]
+DEV = [
+    *EXPORT,
+    *TENSORBOARD,
+    "hypothesis",
+    "ipykernel",
+    "nbclient",
+    "parameterized",
+    "pyright[nodejs]",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+]
 
 setup(
     name="hf_deit",
@@ -65,5 +77,5 @@ setup(
     packages=find_packages("src"),
     package_data={"hf_deit": ["py.typed"], "hf_deit.training": ["*.md"]},
     install_requires=INSTALL,
-    extras_require={"dev": DEV, "export": EXPORT, "heif": HEIF, "tensorboard": TENSORBOARD},
+    extras_require={"dev": DEV, "docs": DOCS, "export": EXPORT, "heif": HEIF, "tensorboard": TENSORBOARD},
 )

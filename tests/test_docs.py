@@ -1,16 +1,27 @@
-"""What the documents promise exists: files, make targets, Python that compiles, links."""
+"""What the documents promise exists: files, make targets, commands, Python, links, messages."""
 
 import ast
+import importlib
+import json
 import re
+import shlex
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from hf_deit import DeiTConfig, DeiTForImageClassificationWithTeacher, build_eval_transform, build_image_processor
+from hf_deit import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    build_eval_transform,
+    build_image_processor,
+    parse_recipe,
+)
+from hf_deit.commands import distill, teacher
 from hf_deit.data.registry import REGISTRY
 
 
@@ -18,6 +29,18 @@ ROOT = Path(__file__).resolve().parents[1]
 GUIDES = sorted(path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.exists())
 RECIPE_FILES = sorted(path for path in ROOT.glob("recipes/**/*") if path.suffix in {".yaml", ".md", ".py"})
 DOCS = sorted(ROOT.glob("docs/**/*.md"))
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+SCRIPT_OF = {  # what `hf-deit <word>` runs
+    "distill": "run_distill",
+    "teacher": "run_teacher",
+    "eval": "run_eval",
+    "analyze": "run_analysis",
+    "throughput": "run_throughput",
+    "table": "run_table",
+    "convert": "convert_checkpoint",
+    "export": "export_model",
+    "check": "check_data",
+}
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 # `recipes/x.yaml`, `tests/`, `.ci/run`; `<name>` marks a placeholder, `*` and `{a,b}` stand for several files.
@@ -85,6 +108,133 @@ def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)\s]+)\)|\bsrc=\"([^\"]+)\"", path.read_text("utf-8"))
     local = [one or other for one, other in links if not re.match(r"[a-z]+:|#", one or other)]
     assert [link for link in local if not (path.parent / link.split("#")[0]).exists()] == []
+
+
+def commands_of(path: Path) -> list[str]:
+    """Commands of hf_deit in blocks of code: scripts of recipes/, whatever launches them, and `hf-deit`."""
+    blocks = re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if re.search(r"\brecipes/\w+\.py\b|^\s*hf-deit ", line) and "<" not in line]
+
+
+def recipes_of(text: str) -> dict[str, str]:
+    """Recipes that a page shows whole: blocks of YAML whose first line is a comment with the file's name."""
+    return dict(re.findall(r"^```yaml\n# (my_\w+\.yaml)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+def test_the_scan_finds_commands_and_recipes(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```bash\nA=1 torchrun -n 2 recipes/run_eval.py \\\n  --models a  # why\nls recipes\nhf-deit init my_run\n"
+        "```\n```yaml\n# my_run.yaml\nimage_size: 32\n```\nhf-deit prose\n"
+    )
+    assert commands_of(page) == ["A=1 torchrun -n 2 recipes/run_eval.py    --models a  # why", "hf-deit init my_run"]
+    assert recipes_of(page.read_text()) == {"my_run.yaml": "image_size: 32\n"}
+
+
+@pytest.mark.parametrize(
+    "path, command",
+    [
+        pytest.param(path, line, id=f"{relative(path)}: {line}")
+        for path in (*GUIDES, *DOCS)
+        for line in commands_of(path)
+    ],
+)
+def test_commands_parse(path, command, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    words = shlex.split(command, comments=True)
+    if words[0] == "hf-deit":
+        name, arguments = SCRIPT_OF.get(words[1], words[1]), words[2:]
+        if arguments and "." not in arguments[0] and (ROOT / "recipes" / f"{arguments[0]}.yaml").exists():
+            arguments[0] = f"recipes/{arguments[0]}.yaml"  # a recipe of the package, named without a path
+    else:
+        place = next(number for number, word in enumerate(words) if re.fullmatch(r"recipes/\w+\.py", word))
+        name, arguments = Path(words[place]).stem, words[place + 1 :]
+    if not (ROOT / "recipes" / f"{name}.py").exists():
+        pytest.skip(f"recipes/{name}.py does not exist yet")
+    if arguments and arguments[0].endswith(".yaml"):
+        recipe = ROOT / arguments[0]
+        if Path(arguments[0]).name.startswith("my_"):  # the reader's own
+            recipe = tmp_path / Path(arguments[0]).name
+            recipe.write_text(recipes_of(path.read_text("utf-8")).get(recipe.name, ""))
+        arguments = [str(recipe), *arguments[1:]]
+    script = importlib.import_module(name)
+    parse = getattr(script, "parse_arguments", None) or getattr(script, "parse", None)
+    if parse:
+        assert parse(arguments)
+    else:
+        kinds = {"run_distill": distill.KINDS, "run_teacher": teacher.KINDS}.get(name) or script.KINDS
+        assert parse_recipe(kinds, arguments)
+
+
+def messages_of_the_source() -> list[str]:
+    """Every text in src/, with blanks for what a formatted one fills in."""
+    trees = [ast.parse(path.read_text("utf-8")) for path in (ROOT / "src").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    plain = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    formatted = [node.values for node in nodes if isinstance(node, ast.JoinedStr)]
+    return plain + [
+        "".join(getattr(part, "value", "") if isinstance(part, ast.Constant) else " " for part in parts)
+        for parts in formatted
+    ]
+
+
+def unknown_messages(text: str, source: list[str]) -> list[str]:
+    """The quoted messages, at the start of a list item and before a colon, that no text of the source matches."""
+    quoted = [
+        name
+        for line in re.findall(r"^- (`[^:]*(?:`|`.*?`)): ", text, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", line)
+    ]
+    pieces = {
+        name: [re.escape(piece.strip()) for piece in name.split("…") if piece.strip(" :;,()")] for name in quoted
+    }
+    return [
+        name for name in quoted if not any(re.search(".*".join(pieces[name]), known, re.DOTALL) for known in source)
+    ]
+
+
+def test_messages_that_the_troubleshooting_page_quotes_exist():
+    source = messages_of_the_source()
+    assert unknown_messages("- `no images found in …`: x\n- `nobody says … this`: x\n", source) == [
+        "nobody says … this"
+    ]
+    text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    assert len(re.findall(r"^- `", text, re.MULTILINE)) > 40
+    assert unknown_messages(text, source) == []
+
+
+def test_every_page_is_in_the_navigation():
+    def pages(entry) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        return [page for item in (entry.values() if isinstance(entry, dict) else entry) for page in pages(item)]
+
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))["nav"]
+    assert sorted(pages(navigation)) == sorted(str(path.relative_to(ROOT / "docs")) for path in DOCS)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=relative)
+def test_notebooks_are_committed_without_output(path):
+    code = [cell for cell in json.loads(path.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    for cell in code:
+        ast.parse("".join(cell["source"]))
+        assert not cell["outputs"] and cell["execution_count"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=relative)
+def test_notebooks_run(path, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert (tmp_path / "outputs" / "my_first" / "report.png").exists()
 
 
 @pytest.mark.slow
