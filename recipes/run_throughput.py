@@ -1,7 +1,8 @@
 """Tables 1 and 5, Figure 1: `python recipes/run_throughput.py [recipe.yaml] [--models table5] [--key value ...]`.
 
 Measures images per second, parameters, multiply-adds and peak memory of our models, stock Transformers', timm's and
-the paper's convnets, which take turns; weights are random. Writes throughput.json, throughput.md and, if the paper has
+the paper's convnets, which take turns; weights are random, except those of a trained model (`--models
+outputs/quickstart`). Writes throughput.json, throughput.md and, if the paper has
 the accuracies of two or more of the models, tradeoff.png. For one core: `OMP_NUM_THREADS=1 taskset -c 1 python ...`.
 `--help` lists the keys.
 """
@@ -11,12 +12,14 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 import transformers
 from torch import nn
 
 from hf_deit import DeiTConfig, DeiTForImageClassification, DeiTForImageClassificationWithTeacher, parse_recipe
 from hf_deit.augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD
 from hf_deit.errors import UserError, run_script
+from hf_deit.evaluation.classifier import load_classifier
 from hf_deit.models.classifiers import new_classifier
 from hf_deit.paper.machine import describe_machine
 from hf_deit.paper.model_names import ModelSpec, expand_models
@@ -29,12 +32,16 @@ KINDS = (ThroughputArguments,)
 CLASSES = {number: str(number) for number in range(1000)}  # ImageNet's
 
 
-def build(spec: str) -> tuple[nn.Module, int]:
-    """A network with random weights, and the side of its images."""
+def build(spec: str, image_size: int | None = None) -> tuple[nn.Module, int]:
+    """A network and the side of its images, which is `image_size` where the spec says none."""
     wanted = ModelSpec.parse(spec)
+    size = wanted.image_size or image_size
     if wanted.source == "timm":
-        return build_timm(wanted.name, wanted.image_size)
-    size = wanted.image_size or 224
+        return build_timm(wanted.name, size)
+    if wanted.source == "trained":
+        trained = load_classifier(wanted.name, image_size=size)
+        return trained.model.to(memory_format=torch.contiguous_format), trained.image_size
+    size = size or 224
     config = DeiTConfig.from_size(
         wanted.name, image_size=size, id2label=CLASSES, use_distillation_token=wanted.distilled
     )
@@ -78,7 +85,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     machine = describe_machine(args.device)
 
     # 2. Measure
-    rows = throughput_rows(measure_throughput({spec: build(spec) for spec in specs}, args), args.reference)
+    rows = throughput_rows(
+        measure_throughput({spec: build(spec, args.image_size) for spec in specs}, args), args.reference
+    )
 
     # 3. Report
     table = throughput_table(rows, args)

@@ -32,3 +32,17 @@ def test_an_unknown_model_is_refused(name):
 )
 def test_one_network_has_one_name(spec, architecture):
     assert ModelSpec.parse(spec).architecture == architecture
+
+
+def test_a_trained_model_is_a_directory_or_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("small", "a run", "at@96"):
+        (tmp_path / name).mkdir()
+    parsed = {spec: ModelSpec.parse(spec) for spec in ("facebook/deit", "a run", "./small@32", "at@96", "small")}
+    assert [(one.source, one.name, one.image_size) for one in parsed.values()] == [
+        ("trained", "facebook/deit", None),
+        ("trained", "a run", None),
+        ("trained", "./small", 32),
+        ("trained", "at@96", None),
+        ("ours", "small", None),
+    ]

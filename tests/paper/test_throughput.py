@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from support.evaluation import save
+from support.models import small_model
 from support.throughput import arguments
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_deit import DeiTConfig, DeiTForImageClassification, DeiTForImageClassificationWithTeacher
+from hf_deit.models.classifiers import new_classifier
 from hf_deit.paper.throughput import (
     ThroughputArguments,
     count_macs,
@@ -216,6 +220,33 @@ def test_timm_models_take_the_size_they_are_given(script):
     assert size == 32 and type(model).__module__ == "timm.models.deit"
     assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
     assert script.build("timm:tf_efficientnet_b1")[1] == 240
+
+
+def trained_models(folder) -> dict[str, nn.Module]:
+    """Ours, stock's and timm's, as saved by a training at 32 pixels."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    stock = ViTConfig(**shape, image_size=32, patch_size=8, num_labels=5)
+    pixels = {"id2label": dict(enumerate("abcde")), "mean": (0.5,) * 3, "std": (0.5,) * 3, "image_size": 32}
+    models = {
+        "ours": small_model(),
+        "stock": ViTForImageClassification(stock),
+        "timm": new_classifier("timm:test_resnet", **pixels),
+    }
+    for name, model in models.items():
+        save(model, folder / name, image_size=32)
+    return models
+
+
+@pytest.mark.parametrize("size", [None, 64])
+def test_a_trained_directory_is_measured_at_any_size(script, tmp_path, size):
+    saved = trained_models(tmp_path)
+    specs = [str(tmp_path / name) for name in saved]
+    words = ["--models", ",".join(specs), "--device", "cpu", "--batch_size", "2", "--runs", "1", "--turns", "1"]
+    rows = script.main([*words, *([] if size is None else ["--image_size", str(size)]), "--output_dir", str(tmp_path)])
+    assert [(row["name"], row["image_size"]) for row in rows] == [(spec, size or 32) for spec in specs]
+    for row, model in zip(rows, saved.values()):
+        added = 48 * 32 if size and row["name"].endswith("ours") else 0  # positions of 64 patches instead of 16
+        assert row["parameters"] == sum(p.numel() for p in model.parameters()) + added
 
 
 def test_the_command_writes_table_json_and_picture(script, tmp_path, capsys):

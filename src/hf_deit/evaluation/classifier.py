@@ -39,7 +39,11 @@ HEADS = ("class", "distillation", "softmax", "logits")
 
 
 def load_classifier(
-    spec: Spec, *, id2label: dict[int, str], image_size: int | None = None, trust_class_order: bool = False
+    spec: Spec,
+    *,
+    id2label: dict[int, str] | None = None,
+    image_size: int | None = None,
+    trust_class_order: bool = False,
 ) -> Classifier:
     """Load a classifier whose logits are in the order of a dataset's classes.
 
@@ -49,7 +53,7 @@ def load_classifier(
     Args:
         spec: directory or Hub id, `timm:<name>`, `timm:<name>?checkpoint=<file>`, `python:<module>:<factory>`, or a
             module; see [`load_teacher`].
-        id2label: the dataset's classes.
+        id2label: the dataset's classes; None: the model's own, in its order.
         image_size: side in pixels to evaluate at, by default the model's own. Position embeddings are resized.
         trust_class_order: do not compare names: the model's i-th class is the dataset's i-th class.
 
@@ -83,21 +87,26 @@ class Classifier(FrozenClassifier):
     numbers_are_names = False
 
     def __init__(
-        self, found: FoundClassifier, image_size: int, id2label: dict[int, str], trust_class_order: bool = False
+        self,
+        found: FoundClassifier,
+        image_size: int,
+        id2label: dict[int, str] | None = None,
+        trust_class_order: bool = False,
     ):
         super().__init__(found)
         self.image_size = image_size
         self.crop_ratio = survive_rounding(found.crop_ratio, image_size)
         self.mean, self.std = found.mean or IMAGENET_MEAN, found.std or IMAGENET_STD
-        self._options = {}
         size = image_size, image_size
         if found.image_size not in (None, size):
             with self.must_read(size):
                 self._resize()
         logits = self._by_head(self.probe(size))
         self.num_labels = logits["class"].shape[1]
-        names = class_names(id2label, keep_generic=True) or []
-        self.classes_matched = self.match_classes(names, len(names), trust_class_order)
+        self.classes_matched = "its own"
+        if id2label is not None:
+            names = class_names(id2label, keep_generic=True) or []
+            self.classes_matched = self.match_classes(names, len(names), trust_class_order)
         self.heads = HEADS if "distillation" in logits else HEADS[:1]
         fusion = getattr(getattr(self.model, "config", None), "head_fusion", "logits")
         self.own_head = fusion if len(self.heads) > 1 else "class"
@@ -123,7 +132,7 @@ class Classifier(FrozenClassifier):
         """The model's output; for timm's two-headed models, which return only the mean, an output with both heads."""
         inner: Any = getattr(self.model, "timm_model", self.model)
         if not isinstance(getattr(inner, "head_dist", None), nn.Module):
-            return self.model(pixel_values.to(self.weights_type), **self._options)
+            return self.model(pixel_values.to(self.weights_type))
         logits = {}
         hooks = [
             module.register_forward_hook(lambda *call, name=name: logits.update({name: call[-1]}))
@@ -150,7 +159,9 @@ class Classifier(FrozenClassifier):
         elif hasattr(inner, "set_input_size"):  # timm's transformers
             inner.set_input_size(self.image_size)
         elif "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:  # stock's
-            self._options = {"interpolate_pos_encoding": True}
+            self.model.register_forward_pre_hook(
+                lambda model, args, options: (args, options | {"interpolate_pos_encoding": True}), with_kwargs=True
+            )
 
 
 def survive_rounding(crop_ratio: float | None, image_size: int) -> float | None:

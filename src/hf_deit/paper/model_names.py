@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..arguments import words
 from ..errors import UserError
@@ -12,7 +13,10 @@ from .tables import PAPER_TABLES
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The parts of a model's name; `source` is `"ours"`, `"stock"` or `"timm"`, `image_size` is None if not given."""
+    """The parts of a model's name; `source` is `"ours"`, `"stock"`, `"timm"` or, for trained weights, `"trained"`.
+
+    `image_size` is None if not given.
+    """
 
     source: str
     name: str
@@ -21,10 +25,10 @@ class ModelSpec:
 
     @classmethod
     def parse(cls, spec: str) -> ModelSpec:
-        """`[stock:]<tiny|small|base>[-distilled][@<pixels>]` or `timm:<name>[@<pixels>]`.
+        """`[stock:]<tiny|small|base>[-distilled][@<pixels>]`, `timm:<name>[@<pixels>]` or `<directory or Hub id>[@<pixels>]`.
 
         Raises:
-            ValueError: if the name has neither form.
+            ValueError: if the name has none of these forms.
         """
         found = re.fullmatch(r"(?:(stock):)?(tiny|small|base)(-distilled)?(?:@(\d+))?", spec)
         if found:
@@ -32,9 +36,14 @@ class ModelSpec:
         found = re.fullmatch(r"timm:([\w.]+)(?:@(\d+))?", spec)
         if found:
             return cls("timm", found[1], "_distilled" in found[1], int(found[2]) if found[2] else None)
+        found = None if Path(spec).is_dir() else re.fullmatch(r"(.+)@(\d+)", spec)
+        name, size = (found[1], int(found[2])) if found else (spec, None)
+        if Path(name).is_dir() or ("/" in name and ":" not in name):
+            return cls("trained", name, False, size)
         raise UserError(
             f"model {spec!r}: expected tiny, small or base, with -distilled or @<pixels> where wanted, the same after "
-            f"'stock:', timm:<name>[@<pixels>], or one of {', '.join(PAPER_TABLES)}"
+            f"'stock:', timm:<name>[@<pixels>], the directory or Hub id of a trained model, or one of "
+            f"{', '.join(PAPER_TABLES)}"
         )
 
     @property

@@ -6,8 +6,7 @@ machine which slows down slows all of them; and float32 means float32 for every 
 convolutions, but not matrix products, round to TF32 on a GPU, which would favour the convnets.
 
 Not here: building the models (`recipes/run_throughput.py`), the input pipeline (`benchmarks/`), the paper's numbers
-(`tables.py`), the report (`tradeoff.py`), the picture (`plots/tables.py`). No model is trained or loaded, because the
-speed of a network does not depend on its weights.
+(`tables.py`), the report (`tradeoff.py`), the picture (`plots/tables.py`).
 
 Source: arXiv 2012.12877, captions of Tables 1 and 5.
 """
@@ -48,7 +47,10 @@ class ThroughputArguments:
     models: str = option(
         "table1",
         "Models, with commas: tiny, small-distilled, base@384 (ours), stock:base (Transformers'), timm:resnet50@288; "
-        "or whole tables of the paper: table1, table5, table10.",
+        "whole tables of the paper: table1, table5, table10; or trained models: directories and Hub ids.",
+    )
+    image_size: int | None = option(
+        None, "Side of the images of models named without @<pixels>. Unset: 224, or the trained model's own."
     )
     reference: str | None = option(None, "Model that the ratios compare with. Unset: the first.")
     device: str | None = option(None, "'cpu', 'cuda' or 'cuda:1'. Unset: the GPU if the machine has one.")
@@ -70,7 +72,7 @@ class ThroughputArguments:
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise UserError(f"precision is {self.precision!r}; choose one of {', '.join(PRECISIONS)}")
-        for name in ("batch_size", "max_batch_size", "runs", "turns"):
+        for name in ("image_size", "batch_size", "max_batch_size", "runs", "turns"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         if self.warm_up < 0:
