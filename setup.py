@@ -33,6 +33,7 @@ INSTALL = [
 ]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 TENSORBOARD = ["tensorboard"]
+DEMO = ["gradio>=6"]  # gradio 6 wants Pillow below 13, so that it does not install with constraints.txt
 HEIF = ["pillow-heif"]  # photos of iPhones
 DOCS = ["mkdocstrings-python", "zensical"]
 DEV = [
@@ -77,5 +78,12 @@ setup(
     packages=find_packages("src"),
     package_data={"hf_deit": ["py.typed"], "hf_deit.training": ["*.md"]},
     install_requires=INSTALL,
-    extras_require={"dev": DEV, "docs": DOCS, "export": EXPORT, "heif": HEIF, "tensorboard": TENSORBOARD},
+    extras_require={
+        "demo": DEMO,
+        "dev": DEV,
+        "docs": DOCS,
+        "export": EXPORT,
+        "heif": HEIF,
+        "tensorboard": TENSORBOARD,
+    },
 )

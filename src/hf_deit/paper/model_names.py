@@ -25,7 +25,7 @@ class ModelSpec:
 
     @classmethod
     def parse(cls, spec: str) -> ModelSpec:
-        """`[stock:]<tiny|small|base>[-distilled][@<pixels>]`, `timm:<name>[@<pixels>]` or `<directory or Hub id>[@<pixels>]`.
+        """Read `[stock:]<size>[-distilled]`, `timm:<name>`, a directory or a Hub id, each perhaps with `@<pixels>`.
 
         Raises:
             ValueError: if the name has none of these forms.

@@ -7,11 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from .style import (
     CLASS,
@@ -31,6 +33,9 @@ from .style import (
     shorten,
     text_color_on,
 )
+
+
+OPACITY = 0.65  # of attention over an image
 
 
 def plot_disagreement(path: str | os.PathLike, *, names, rates, images: int) -> None:
@@ -252,6 +257,27 @@ def plot_attention_heads(
     save_figure(figure, path)
 
 
+def overlay(pixels, weights, side: int) -> np.ndarray:
+    """Lay a map of patches over a grey image, as in the pictures of attention but without a frame.
+
+    Args:
+        pixels: `(height, width, 3)` uint8.
+        weights: rows x columns; the colours run from 0 to the largest.
+        side: of the result, pixels.
+
+    Returns:
+        `(side, side, 3)` uint8.
+    """
+    weights = np.array(weights)
+    colours = colormaps[MAPS](weights / max(weights.max(), 1e-12))[..., :3]
+    layers = [np.broadcast_to(np.mean(pixels, axis=2, keepdims=True), np.shape(pixels)), 255 * colours]
+    grey, coloured = (
+        np.asarray(Image.fromarray(layer.astype(np.uint8)).resize((side, side), how), dtype=float)
+        for layer, how in zip(layers, (Image.Resampling.BICUBIC, Image.Resampling.NEAREST))
+    )
+    return (OPACITY * coloured + (1 - OPACITY) * grey).round().astype(np.uint8)
+
+
 def _lay_over(axes: Axes, pixels, weights) -> AxesImage:
     """Draw a map of patches over a grey image; the colours run from 0 to the map's largest weight."""
     weights = np.array(weights)
@@ -263,7 +289,7 @@ def _lay_over(axes: Axes, pixels, weights) -> AxesImage:
         cmap=MAPS,
         vmin=0,
         vmax=1,
-        alpha=0.65,
+        alpha=OPACITY,
         extent=extent,
         interpolation="nearest",
     )
