@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.stats import spearmanr
 from support.evaluation import COLOURS, ID2LABEL, MEAN, SHAPE, STD, drawn, save
 
 from hf_deit import DeiTConfig, DeiTForImageClassification, DeiTForImageClassificationWithTeacher
@@ -67,9 +66,10 @@ def test_attention_is_brightest_where_the_token_looks_in_the_chosen_layer(studen
             assert picture.shape == (448, 448, 3) and picture.dtype == np.uint8
             colours = (picture - 0.35 * grey) / 0.65  # viridis grows in green with the weight
             green = colours[..., 1].reshape(4, 112, 4, 112).mean(axis=(1, 3))
-            weights = attentions[layer - 1][0, :, number, 2:].mean(0).reshape(4, 4).numpy()
+            weights = attentions[layer - 1][0, :, number, 2:].mean(0).numpy()
             assert green.argmax() == weights.argmax()
-            assert spearmanr(green.flatten(), weights.flatten()).statistic > 0.95  # colours have 256 steps
+            by_colour = weights[np.argsort(green.flatten())] / weights.max()
+            assert (np.diff(by_colour) > -1 / 128).all()  # colours have 256 steps
 
 
 def test_a_convnet_has_predictions_and_no_attention(teacher, photo):

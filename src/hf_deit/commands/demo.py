@@ -1,7 +1,7 @@
 """A page in the browser that classifies the user's own images and shows where the model looks: `hf-deit demo MODEL`.
 
-[`Demo`] computes what the page shows, [`build_page`] is the page (gradio, the extra `demo`). Images stay on the machine
-that serves the page: no share link, no analytics, and by default no other machine can connect.
+[`Demo`] computes what the page shows, [`build_page`] is the page (gradio, the extra `demo`). Images stay on the
+machine that serves the page: no share link, no analytics, and by default no other machine can connect.
 
 Not here: the predictions (`evaluation/classifier.py`), the attention (`paper/analysis.py`), the colours
 (`plots/analysis.py`).
