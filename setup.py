@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 
 HERE = Path(__file__).parent
@@ -49,6 +50,27 @@ DEV = [
     "ruff",
 ]
 
+RECIPES = sorted(path.relative_to(HERE) for path in HERE.glob("recipes/**/*") if path.suffix in {".yaml", ".py"})
+
+
+class BuildWithRecipes(build_py):
+    """Copies `recipes/` into the package that is built. An editable install finds them where they are."""
+
+    def run(self):
+        super().run()
+        for path in [] if self.editable_mode else RECIPES:
+            target = Path(self.build_lib, "hf_deit", path)
+            self.mkpath(str(target.parent))
+            self.copy_file(str(path), str(target))
+
+    def get_source_files(self):  # what a source distribution holds
+        return [*super().get_source_files(), *map(str, RECIPES), "constraints.txt"]
+
+    def get_outputs(self, include_bytecode=True):
+        built = [] if self.editable_mode else [str(Path(self.build_lib, "hf_deit", path)) for path in RECIPES]
+        return [*super().get_outputs(include_bytecode), *built]
+
+
 setup(
     name="hf_deit",
     version=VERSION,
@@ -77,6 +99,8 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"hf_deit": ["py.typed"], "hf_deit.training": ["*.md"]},
+    cmdclass={"build_py": BuildWithRecipes},
+    entry_points={"console_scripts": ["hf-deit = hf_deit.__main__:main"]},
     install_requires=INSTALL,
     extras_require={
         "demo": DEMO,

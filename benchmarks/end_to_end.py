@@ -55,7 +55,7 @@ def measure(recipe: Path, overrides: Sequence[str], steps: int) -> dict:
             "disable_tqdm": True,
         }
         keys = (word for name, value in fixed.items() for word in (f"--{name}", str(value)))
-        trainer = build_trainer([str(recipe), *overrides, *keys], ROOT / "recipes", command=sys.argv)
+        trainer = build_trainer([str(recipe), *overrides, *keys], command=sys.argv)
         alone = views_alone(trainer, steps)
         times = StepTimes()
         trainer.add_callback(times)

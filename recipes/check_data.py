@@ -1,18 +1,10 @@
-"""Check a dataset without training: `python recipes/check_data.py DATA [--key value ...]`.
+"""Check a dataset without training: `python recipes/check_data.py DATA [--key value ...]`, or `hf-deit check`.
 
-DATA is what `dataset_name` can be (a directory, a registered name, a Hub id), or a recipe of run_distill.py; the keys
-are those of its data. Prints where the images are, splits, classes, what is not read and what is odd. `--help` lists
-the keys.
+DATA is what `dataset_name` can be (a directory, a registered name, a Hub id), or a recipe of run_distill.py.
 """
 
-import sys
-
-from hf_deit.commands import check
+from hf_deit.commands.check import main
 from hf_deit.errors import run_script
-
-
-def main(argv: list[str] | None = None) -> str:
-    return check.main(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What the documents promise exists: files, make targets, commands, Python, links, messages."""
 
 import ast
-import importlib
 import json
 import re
 import shlex
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from sklearn.datasets import load_sample_image
 from hf_deit import (
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
+    UserError,
     build_eval_transform,
     build_image_processor,
     parse_recipe,
 )
-from hf_deit.commands import distill, teacher
+from hf_deit.__main__ import COMMANDS
+from hf_deit.commands import export
 from hf_deit.data.registry import REGISTRY
 
 
@@ -30,17 +32,6 @@ GUIDES = sorted(path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") 
 RECIPE_FILES = sorted(path for path in ROOT.glob("recipes/**/*") if path.suffix in {".yaml", ".md", ".py"})
 DOCS = sorted(ROOT.glob("docs/**/*.md"))
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
-SCRIPT_OF = {  # what `hf-deit <word>` runs
-    "distill": "run_distill",
-    "teacher": "run_teacher",
-    "eval": "run_eval",
-    "analyze": "run_analysis",
-    "throughput": "run_throughput",
-    "table": "run_table",
-    "convert": "convert_checkpoint",
-    "export": "export_model",
-    "check": "check_data",
-}
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 # `recipes/x.yaml`, `tests/`, `.ci/run`; `<name>` marks a placeholder, `*` and `{a,b}` stand for several files.
@@ -103,23 +94,80 @@ def test_python_blocks_compile(path):
         ast.parse(block)
 
 
-@pytest.mark.parametrize("path", [*GUIDES, *DOCS, *ROOT.glob("recipes/**/*.md")], ids=relative)
-def test_links_lead_somewhere(path):
-    links = re.findall(r"\]\(([^)\s]+)\)|\bsrc=\"([^\"]+)\"", path.read_text("utf-8"))
-    local = [one or other for one, other in links if not re.match(r"[a-z]+:|#", one or other)]
-    assert [link for link in local if not (path.parent / link.split("#")[0]).exists()] == []
-
-
 def commands_of(path: Path) -> list[str]:
-    """Commands of hf_deit in blocks of code: scripts of recipes/, whatever launches them, and `hf-deit`."""
-    blocks = re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.strip() for line in lines if re.search(r"\brecipes/\w+\.py\b|^\s*hf-deit ", line) and "<" not in line]
+    """The lines of a document that call one of our commands, by `hf-deit` or by a script of a checkout."""
+    text = path.read_text("utf-8")
+    if path.suffix == ".md":
+        spans = re.findall(r"`((?:hf-deit|python|accelerate launch) [^`]+)`", text)
+        blocks = re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+        text = "\n".join(["".join(blocks).replace("\\\n", " "), *spans])
+    lines = [re.sub(r"^#\s+(Command:\s+)?", "", line.strip()) for line in text.splitlines()]
+    calls = re.compile(
+        r"(\w+=\S+ )*(hf-deit|(python|accelerate launch|torchrun)( -\S+ \S+)* (-m hf_deit|recipes/\w+\.py)) ?(?!<)"
+    )
+    return [line.split("  #")[0] for line in lines if calls.match(line)]
 
 
 def recipes_of(text: str) -> dict[str, str]:
     """Recipes that a page shows whole: blocks of YAML whose first line is a comment with the file's name."""
     return dict(re.findall(r"^```yaml\n# (my_\w+\.yaml)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+def parse_command(line: str, folder: Path, page: str = "") -> None:
+    """Parse a command line as its command does; a recipe of the reader is the one that `page` shows, or empty."""
+    words = shlex.split(re.sub(r"\s\[[^\]]*\]|\s\.\.\.", "", line), comments=True)
+    words = words[
+        next(place for place, word in enumerate(words) if re.search(r"hf[-_]deit$|recipes/\w+\.py$", word)) :
+    ]
+    scripts = {"run_analysis": "analyze", "convert_checkpoint": "convert", "export_model": "export"}
+    name = words.pop(0) if words[0].endswith(".py") else words[1]
+    if name.endswith(".py"):
+        name = scripts.get(Path(name).stem, Path(name).stem.removeprefix("run_"))
+    else:
+        del words[:2]
+    if name == "--help":
+        return
+    assert name in COMMANDS, line
+    command = import_module(f"hf_deit.commands.{name}")
+    if "--help" in words or "--help-all" in words or any("<" in word for word in words):
+        return
+    if hasattr(command, "KINDS"):
+        recipe = words.pop(0) if words and not words[0].startswith("-") else None
+        known = ["--use_cpu", "true"] if name in ("distill", "teacher") else []
+        if recipe is not None and "my_" in recipe and not Path("recipes", Path(recipe).name).exists():
+            shown = recipes_of(page).get(Path(recipe).name, "")
+            recipe = str(folder / "reader.yaml")
+            Path(recipe).write_text(shown)
+        parse_recipe(command.KINDS, [*([recipe] if recipe else []), *words, *known])
+    else:
+        (command.parse if name == "table" else command.parse_arguments)(words)
+
+
+COMMAND_LINES = {
+    (relative(path), line)
+    for path in [*GUIDES, *DOCS, *ROOT.glob("recipes/*.yaml"), ROOT / "recipes" / "README.md"]
+    for line in commands_of(path)
+}
+
+
+@pytest.mark.parametrize("path, line", sorted(COMMAND_LINES))
+def test_a_command_of_the_documents_parses(path, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parse_command(line, tmp_path, (ROOT / path).read_text("utf-8"))
+
+
+def test_a_wrong_command_of_a_document_does_not_parse(tmp_path):
+    with pytest.raises(UserError, match="num_train_epochs"):
+        parse_command("hf-deit distill quickstart --epochs 3", tmp_path)
+    with pytest.raises(AssertionError, match="hf-deit distil"):
+        parse_command("hf-deit distil quickstart", tmp_path)
+
+
+@pytest.mark.parametrize("path", [*GUIDES, *DOCS, *ROOT.glob("recipes/**/*.md")], ids=relative)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\(([^)\s]+)\)|\bsrc=\"([^\"]+)\"", path.read_text("utf-8"))
+    local = [one or other for one, other in links if not re.match(r"[a-z]+:|#", one or other)]
+    assert [link for link in local if not (path.parent / link.split("#")[0]).exists()] == []
 
 
 def test_the_scan_finds_commands_and_recipes(tmp_path):
@@ -128,43 +176,8 @@ def test_the_scan_finds_commands_and_recipes(tmp_path):
         "```bash\nA=1 torchrun -n 2 recipes/run_eval.py \\\n  --models a  # why\nls recipes\nhf-deit init my_run\n"
         "```\n```yaml\n# my_run.yaml\nimage_size: 32\n```\nhf-deit prose\n"
     )
-    assert commands_of(page) == ["A=1 torchrun -n 2 recipes/run_eval.py    --models a  # why", "hf-deit init my_run"]
+    assert commands_of(page) == ["A=1 torchrun -n 2 recipes/run_eval.py    --models a", "hf-deit init my_run"]
     assert recipes_of(page.read_text()) == {"my_run.yaml": "image_size: 32\n"}
-
-
-@pytest.mark.parametrize(
-    "path, command",
-    [
-        pytest.param(path, line, id=f"{relative(path)}: {line}")
-        for path in (*GUIDES, *DOCS)
-        for line in commands_of(path)
-    ],
-)
-def test_commands_parse(path, command, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "recipes")
-    words = shlex.split(command, comments=True)
-    if words[0] == "hf-deit":
-        name, arguments = SCRIPT_OF.get(words[1], words[1]), words[2:]
-        if arguments and "." not in arguments[0] and (ROOT / "recipes" / f"{arguments[0]}.yaml").exists():
-            arguments[0] = f"recipes/{arguments[0]}.yaml"  # a recipe of the package, named without a path
-    else:
-        place = next(number for number, word in enumerate(words) if re.fullmatch(r"recipes/\w+\.py", word))
-        name, arguments = Path(words[place]).stem, words[place + 1 :]
-    if not (ROOT / "recipes" / f"{name}.py").exists():
-        pytest.skip(f"recipes/{name}.py does not exist yet")
-    if arguments and arguments[0].endswith(".yaml"):
-        recipe = ROOT / arguments[0]
-        if Path(arguments[0]).name.startswith("my_"):  # the reader's own
-            recipe = tmp_path / Path(arguments[0]).name
-            recipe.write_text(recipes_of(path.read_text("utf-8")).get(recipe.name, ""))
-        arguments = [str(recipe), *arguments[1:]]
-    script = importlib.import_module(name)
-    parse = getattr(script, "parse_arguments", None) or getattr(script, "parse", None)
-    if parse:
-        assert parse(arguments)
-    else:
-        kinds = {"run_distill": distill.KINDS, "run_teacher": teacher.KINDS}.get(name) or script.KINDS
-        assert parse_recipe(kinds, arguments)
 
 
 def messages_of_the_source() -> list[str]:
@@ -253,11 +266,8 @@ def test_the_export_page_runs_as_printed(tmp_path, monkeypatch, capsys):
         part.save_pretrained("outputs/quickstart")
     image = Image.fromarray(load_sample_image("flower.jpg"))
     image.save("image.jpg", quality=100)
-    monkeypatch.syspath_prepend(ROOT / "recipes")
-    import export_model
-
     for words in re.findall(r"^python recipes/export_model.py (\S+) (\S+)$", text, re.MULTILINE):
-        export_model.main(list(words))
+        export.main(list(words))
     names, printed = {}, capsys.readouterr().out
     for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         exec(block, names)

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -29,7 +30,7 @@ from hf_deit import (
     parse_recipe,
 )
 from hf_deit.arguments import ClassifierArguments
-from hf_deit.commands import distill
+from hf_deit.commands import table
 from hf_deit.data.registry import REGISTRY
 from hf_deit.errors import run_script
 from hf_deit.models.classifiers import new_classifier
@@ -381,14 +382,14 @@ def test_the_command_of_a_table_parses(scripts, what, command, tmp_path, capsys)
         assert words[1] == "pytest" and (RECIPES.parent / words[2]).exists()
         return
     assert (RECIPES.parent / words[0]).exists()
-    script, arguments = importlib.import_module(Path(words[0]).stem), words[1:]
-    if script.__name__ == "run_table":
-        args = script.parse(arguments)
+    command = inspect.getmodule(importlib.import_module(Path(words[0]).stem).main)
+    arguments = words[1:]
+    if command is table:
+        args = table.parse(arguments)
         assert [Sweep(table, args.scale, args.seeds, recipes=RECIPES, results=tmp_path).runs for table in args.tables]
-    elif arguments == ["--help"]:
+    elif arguments == ["--help-all"]:
         with pytest.raises(SystemExit) as end:
-            script.main(arguments)
+            command.main(arguments)
         assert end.value.code == 0 and "0.05" in capsys.readouterr().out
     else:
-        kinds = distill.KINDS if script is scripts[0] else script.KINDS
-        assert parse_recipe(kinds, [*arguments], RECIPES / "quickstart.yaml" if not arguments else None)
+        assert parse_recipe(command.KINDS, [*arguments], RECIPES / "quickstart.yaml" if not arguments else None)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot see through __g
     from .models.modeling_deit import DeiTForImageClassification as DeiTForImageClassification
     from .models.modeling_deit import DeiTForImageClassificationWithTeacher as DeiTForImageClassificationWithTeacher
     from .models.modeling_deit import DeiTModel as DeiTModel
-    from .recipe import parse_recipe as parse_recipe
+    from .options.recipe import parse_recipe as parse_recipe
     from .teachers.teacher import load_teacher as load_teacher
     from .training.distillation_config import DistillationConfig as DistillationConfig
     from .training.distillation_trainer import DistillationTrainer as DistillationTrainer
@@ -66,7 +66,7 @@ _MODULE_OF = {
     "load_image_dataset": "data.loading",
     "load_teacher": "teachers.teacher",
     "load_views": "data.views",
-    "parse_recipe": "recipe",
+    "parse_recipe": "options.recipe",
     "soft_target_cross_entropy": "losses",
 }
 __all__ = sorted(_MODULE_OF)

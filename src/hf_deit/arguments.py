@@ -9,19 +9,22 @@ from typing import Any, Literal
 
 
 Affects = Literal["views", "weights", "machine"]
+# What people set first, in the order of `--help`.
+Heading = Literal["data", "model", "teacher", "training", "output"]
 
 
 class OptionHelp(str):
-    """Help text of an option, with an attribute that records what the option affects.
+    """Help text of an option, with attributes that record what the option affects and where `--help` lists it.
 
-    The attribute sits on the text because HfArgumentParser passes every entry of a field's metadata to argparse, and
+    The attributes sit on the text because HfArgumentParser passes every entry of a field's metadata to argparse, and
     argparse rejects entries that it does not know.
     """
 
     affects: Affects
+    heading: Heading | None
 
 
-def option(default: Any, text: str, *, affects: Affects = "weights") -> Any:
+def option(default: Any, text: str, *, affects: Affects = "weights", heading: Heading | None = None) -> Any:
     """Build a field of a settings dataclass.
 
     Args:
@@ -30,9 +33,11 @@ def option(default: Any, text: str, *, affects: Affects = "weights") -> Any:
         affects: what changes with the option's value: the "views" (which pixels are shown when, and therefore the
             weights too), the "weights", or only the "machine" (speed, memory, files, logs). Model cards, the
             comparison of settings on resume, recorded teacher outputs and sweeps read `affects`.
+        heading: heading under which `--help` lists the option. None: only `--help-all` lists it.
     """
     metadata = {"help": OptionHelp(text)}
     metadata["help"].affects = affects
+    metadata["help"].heading = heading
     return (
         field(default_factory=default, metadata=metadata)
         if callable(default)
@@ -50,10 +55,15 @@ class DataArguments:
     """The images and their size."""
 
     dataset_name: str = option(
-        "imagenet-1k", "Registry name, Hub id, or directory of images or parquet files.", affects="views"
+        "imagenet-1k",
+        "Registry name, Hub id, or directory of images or parquet files.",
+        affects="views",
+        heading="data",
     )
     data_dir: str | None = option(
-        None, "Directory of the registered dataset. Default: download the dataset from the Hub.", affects="views"
+        None,
+        "Directory of the registered dataset. Default: download the dataset from the Hub.",
+        affects="views",
     )
     category_level: str | None = option(
         None,
@@ -76,12 +86,14 @@ class DataArguments:
         "Split to train on, or a slice such as 'train[:80%]'; join several with '+'. Default: the registry's split, "
         "else 'train'.",
         affects="views",
+        heading="data",
     )
     eval_split: str | None = option(
         None,
         "Split to evaluate on, or a slice such as 'train[80%:]'; join several with '+'. Default: the registry's "
         "split, else validation, val, dev, test, ...; if there is none, see eval_fraction.",
         affects="machine",
+        heading="data",
     )
     eval_fraction: float = option(
         0.15,
@@ -89,12 +101,16 @@ class DataArguments:
         "choice depends on the images alone, not on a seed, so that a teacher, its students and run_eval.py agree. 0: "
         "train on all of them and evaluate nothing.",
         affects="views",
+        heading="data",
     )
     max_train_samples: int | None = option(
-        None, "Train on a random subset of this many images (streaming: on the first ones).", affects="views"
+        None,
+        "Train on a random subset of this many images (streaming: on the first ones).",
+        affects="views",
+        heading="data",
     )
     max_eval_samples: int | None = option(None, "Evaluate on a random subset of this many images.", affects="machine")
-    image_size: int = option(224, "Side length of the square views, in pixels.", affects="views")
+    image_size: int = option(224, "Side length of the square views, in pixels.", affects="views", heading="data")
     crop_ratio: float | None = option(
         None,
         "Share of the shorter side kept by the centre crop of evaluation. Default: 0.875, but 1 for image_size <= 32 "
@@ -112,9 +128,15 @@ class DataArguments:
 class ModelArguments:
     """The student (a checkpoint or a named size, with fields of DeiTConfig that override either) and the teacher."""
 
-    model_name_or_path: str | None = option(None, "DeiT checkpoint to start from: a directory or a Hub id.")
-    model_size: str | None = option(None, "Model with fresh weights: 'tiny', 'small' or 'base' (Table 1).")
-    use_distillation_token: bool = option(True, "Use a distillation token and a second head. False: the plain DeiT.")
+    model_name_or_path: str | None = option(
+        None, "DeiT checkpoint to start from: a directory or a Hub id.", heading="model"
+    )
+    model_size: str | None = option(
+        None, "Model with fresh weights: 'tiny', 'small' or 'base' (Table 1).", heading="model"
+    )
+    use_distillation_token: bool = option(
+        True, "Use a distillation token and a second head. False: the plain DeiT.", heading="model"
+    )
     hidden_size: int | None = option(None, "Embedding dimension.")
     num_hidden_layers: int | None = option(None, "Number of transformer blocks.")
     num_attention_heads: int | None = option(None, "Number of attention heads.")
@@ -135,11 +157,13 @@ class ModelArguments:
         None,
         "Teacher: directory, Hub id, timm:<name>[?checkpoint=path] or python:<module>:<factory>; separate several "
         "with commas.",
+        heading="teacher",
     )
     teacher_recipe: str | None = option(
         None,
-        "Recipe of run_teacher.py that trains the teacher, in the recipes' folder; it runs first if its output_dir is "
+        "Recipe that trains the teacher, beside this recipe or one of the package; it runs first if its output_dir is "
         "missing. Used only if `teacher` is unset.",
+        heading="teacher",
     )
 
     def config_overrides(self) -> dict:
@@ -156,8 +180,11 @@ class ClassifierArguments:
     model_name_or_path: str = option(
         "timm:regnety_160",
         "Teacher to train: timm:<architecture> with fresh weights, or a directory or Hub id to fine-tune.",
+        heading="model",
     )
-    model_args: dict | str | None = option(None, "Arguments of timm.create_model, as a YAML or JSON mapping.")
+    model_args: dict | str | None = option(
+        None, "Arguments of timm.create_model, as a YAML or JSON mapping.", heading="model"
+    )
 
     def __post_init__(self):
         if isinstance(self.model_args, str):

@@ -17,7 +17,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from hf_deit import parse_recipe
 from hf_deit.arguments import words
 from hf_deit.errors import run_script
-from hf_deit.evaluation.report import EvaluationArguments
+from hf_deit.evaluation.report import EvaluationArguments, evaluation_table
 from hf_deit.paper.analysis import AnalysisArguments
 
 
@@ -53,7 +53,7 @@ def test_the_table_says_what_was_not_counted_and_how_classes_were_matched(script
     heads = {"class": {"top1": 0.5, "top5": 1.0, "loss": 1.0}}
     result = {"model": "m", "image_size": 224, "crop_ratio": 0.875, "images": 50_000, "images_without_label": 3_163}
     result |= {"images_per_second": 1234.5, "own_head": "class", "heads": heads, "classes_matched": "by position: why"}
-    table = script.evaluation_table({"dataset": {"name": "imagenet-real"}, "results": [result]}, ["softmax"])
+    table = evaluation_table({"dataset": {"name": "imagenet-real"}, "results": [result]}, ["softmax"])
     assert "50,000 images of imagenet-real, 3,163 of them without a label and not counted" in table
     assert "| m | 224 | 0.875 | class | 50.00 | 100.00 | 1.0000 | 1,234 |" in table
     assert "classes of m: by position: why" in table and "softmax" not in table

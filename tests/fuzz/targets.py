@@ -70,7 +70,7 @@ def _images(*formats: tuple) -> Target:
 
 def _recipe(path: Path) -> None:
     from hf_deit import DataArguments, ModelArguments
-    from hf_deit.recipe import parse_recipe
+    from hf_deit.options.recipe import parse_recipe
 
     parse_recipe((ModelArguments, DataArguments), [str(path)])
 

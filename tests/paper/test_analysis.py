@@ -1,8 +1,6 @@
 """The analysis: every number against another way to it, known answers where there are any, the script as a whole."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from hf_deit import (
     build_eval_transform,
     build_image_processor,
 )
+from hf_deit.commands import analyze
 from hf_deit.errors import run_script
 from hf_deit.evaluation.metrics import Disagreement
 from hf_deit.paper import analysis
@@ -306,13 +305,9 @@ def test_examples_are_spread_over_the_whole_set(count, total):
 # --- the script ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def script():
-    path = Path(__file__).resolve().parents[2] / "recipes" / "run_analysis.py"
-    spec = importlib.util.spec_from_file_location("run_analysis", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return analyze
 
 
 @pytest.fixture

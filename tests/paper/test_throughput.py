@@ -1,10 +1,8 @@
 """Throughput: counts against the paper, timm and a formula written out here; the protocol against models that spy."""
 
 import functools
-import importlib
 import json
 import time
-from pathlib import Path
 
 import pytest
 import timm
@@ -16,6 +14,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_deit import DeiTConfig, DeiTForImageClassification, DeiTForImageClassificationWithTeacher
+from hf_deit.commands import throughput
 from hf_deit.models.classifiers import new_classifier
 from hf_deit.paper.throughput import (
     ThroughputArguments,
@@ -43,9 +42,8 @@ class Spy(nn.Module):
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "recipes")
-    return importlib.import_module("run_throughput")
+def script():
+    return throughput
 
 
 # --- counts ---

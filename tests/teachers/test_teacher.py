@@ -475,6 +475,8 @@ def test_an_onnx_session_in_a_module_teaches(tmp_path, pixels):
     resized = F.interpolate(pixels, (16, 16), mode="bicubic", antialias=True)
     with torch.no_grad():
         torch.testing.assert_close(teacher(pixels), plain(resized), atol=1e-4, rtol=1e-4)
+
+
 class Moody(TinyConvnet):
     """A network that answers otherwise after it was loaded."""
 

@@ -180,15 +180,25 @@ def build_page(demo: Demo, title: str) -> Blocks:
     return page
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Serve the demo of the model that the command line names, until it is interrupted.
 
     Args:
-        argv: command-line arguments, without the program's name.
+        argv: command-line arguments, without the program's name; those of this process if None.
 
     Raises:
         ValueError: a model cannot be read, gradio is not installed, or the port is taken.
     """
+    args = parse_arguments(argv)
+    page = build_page(Demo(args.model, args.teacher), title=os.path.basename(args.model.rstrip("/")))
+    try:
+        serve(page, args.host, args.port)
+    except OSError as error:
+        raise UserError(f"the demo cannot listen on {args.host}:{args.port}. Choose another --port") from error
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="hf-deit demo", description="Classify your own images in the browser and see where the model looks."
     )
@@ -196,12 +206,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--teacher", help="its teacher, to show beside it: written like a model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=7860)
-    args = parser.parse_args(argv)
-    page = build_page(Demo(args.model, args.teacher), title=os.path.basename(args.model.rstrip("/")))
-    try:
-        serve(page, args.host, args.port)
-    except OSError as error:
-        raise UserError(f"the demo cannot listen on {args.host}:{args.port}. Choose another --port") from error
+    return parser.parse_args(argv)
 
 
 def serve(page: Blocks, host: str, port: int | None, *, block: bool = True) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import set_seed
-
 from ..arguments import DataArguments, ModelArguments
 from ..errors import refusals_of_libraries
-from ..recipe import parse_recipe
+from ..options.recipe import RECIPES, find_recipe, parse_recipe
 from ..training.distillation_config import DistillationConfig
 from .teacher import evaluate_nothing, find_or_train_teacher
 
@@ -23,21 +22,24 @@ if TYPE_CHECKING:
 KINDS = (ModelArguments, DataArguments, DistillationConfig)
 
 
-def main(argv: Sequence[str], recipes: Path, *, command: Sequence[str]) -> dict[str, float]:
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train the student that the command-line arguments describe; see [`build_trainer`].
+
+    Args:
+        argv: command-line arguments, without the program's name; those of this process if None.
 
     Returns:
         The content of all_results.json; see [`DistillationTrainer.train_and_save`].
     """
-    return build_trainer(argv, recipes, command=command).train_and_save()
+    command = sys.argv if argv is None else ["-m", "hf_deit", "distill", *argv]
+    return build_trainer(sys.argv[1:] if argv is None else argv, command=command).train_and_save()
 
 
-def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str]) -> DistillationTrainer:
+def build_trainer(argv: Sequence[str], *, command: Sequence[str]) -> DistillationTrainer:
     """Build the trainer of a run, ready to train.
 
     Args:
-        argv: command-line arguments, without the script's name.
-        recipes: directory that holds `teacher_recipe` and the default recipe, quickstart.yaml.
+        argv: command-line arguments, without the program's name. Without a recipe they change the quickstart's.
         command: the whole command line, for the model card.
 
     Raises:
@@ -46,8 +48,10 @@ def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str])
     # 1. The settings
     # A checkpoint has an architecture of its own, so that of the quickstart's student does not apply to it.
     architecture = {"model_name_or_path": {item.name for item in fields(ModelArguments)} - {"teacher_recipe"}}
-    model_args, data_args, training_args = parse_recipe(KINDS, argv, recipes / "quickstart.yaml", architecture)
+    model_args, data_args, training_args = parse_recipe(KINDS, argv, RECIPES / "quickstart.yaml", architecture)
     # Slow imports come after parsing, so that a wrong command line is reported at once.
+    from transformers import set_seed
+
     from ..data.summary import summarize
     from ..data.views import load_views
     from ..teachers.teacher import load_teacher
@@ -65,9 +69,8 @@ def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str])
     needs_teacher = training_args.distillation_type in ("hard", "soft")
     trains_teacher = needs_teacher and training_args.teacher_replay is None
     if trains_teacher and model_args.teacher is None and model_args.teacher_recipe is not None:
-        model_args.teacher = find_or_train_teacher(
-            recipes / model_args.teacher_recipe, data_args, command=command, summary=summary
-        )
+        recipe = find_recipe(model_args.teacher_recipe, [_folder_of_recipe(argv), RECIPES, Path()])
+        model_args.teacher = find_or_train_teacher(recipe, data_args, command=command, summary=summary)
     set_seed(training_args.seed)
     with refusals_of_libraries():  # a missing attention backend, say
         student = build_student(model_args, data_args.image_size, views.id2label)
@@ -95,6 +98,10 @@ def build_trainer(argv: Sequence[str], recipes: Path, *, command: Sequence[str])
         summary=summary,
         command=command,
     )
+
+
+def _folder_of_recipe(argv: Sequence[str]) -> Path:
+    return find_recipe(argv[0]).parent if argv and not argv[0].startswith("-") else RECIPES
 
 
 def build_student(model_args: ModelArguments, image_size: int, id2label: dict[int, str]) -> DeiTPreTrainedModel:

@@ -6,16 +6,14 @@ data-augmentation as DeiT", section 5.2 of the paper).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import IntervalStrategy, set_seed
-
 from ..arguments import ClassifierArguments, DataArguments
 from ..errors import UserError
-from ..recipe import parse_recipe
-from ..training.checkpoints import is_finished
+from ..options.recipe import parse_recipe
 from ..training.distillation_config import DistillationConfig
 
 
@@ -25,16 +23,16 @@ if TYPE_CHECKING:
 KINDS = (ClassifierArguments, DataArguments, DistillationConfig)
 
 
-def main(argv: Sequence[str], *, command: Sequence[str]) -> dict[str, float]:
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train the teacher that the command-line arguments describe.
 
     Args:
-        argv: command-line arguments, without the script's name.
-        command: the whole command line, for the model card.
+        argv: command-line arguments, without the program's name; those of this process if None.
 
     Returns:
         The content of all_results.json; see [`DistillationTrainer.train_and_save`].
     """
+    command = sys.argv if argv is None else ["-m", "hf_deit", "teacher", *argv]
     return train_teacher(*parse_recipe(KINDS, argv), command=command)
 
 
@@ -42,6 +40,8 @@ def find_or_train_teacher(
     recipe: Path, data_args: DataArguments, *, command: Sequence[str], summary: DatasetSummary | None = None
 ) -> str:
     """Return the recipe's output_dir; if it holds no finished run, first train the teacher on the student's data."""
+    from ..training.checkpoints import is_finished
+
     model_args, _, training_args = parse_recipe(KINDS, [str(recipe)])
     if not is_finished(training_args.output_dir):
         train_teacher(model_args, data_args, training_args, command=command, summary=summary)
@@ -58,6 +58,8 @@ def train_teacher(
 ) -> dict[str, float]:
     """Train the classifier on labels only (`distillation_type` 'none'); `summary` is set if it was printed already."""
     # Slow imports come after parsing, so that a wrong command line is reported at once.
+    from transformers import set_seed
+
     from ..data.summary import summarize
     from ..data.views import load_views
     from ..models.classifiers import new_classifier

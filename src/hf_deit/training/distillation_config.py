@@ -21,7 +21,7 @@ from transformers.training_args import OptimizerNames
 from ..arguments import names_affecting, option
 from ..errors import UserError
 from ..losses import CLASS_WEIGHTINGS, DISTILLATION_TYPES, KL_REDUCTIONS
-from ..stock_options import STOCK_OPTIONS
+from ..options.stock_options import STOCK_OPTIONS
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class DistillationConfig(TrainingArguments):
         "hard",
         "What the distillation head learns: 'hard' (teacher decisions, eq. 3), 'soft' (teacher probabilities, eq. 2), "
         "'label' (the true label: the control of section 4), or 'none' (labels only).",
+        heading="teacher",
     )
     distillation_alpha: float | None = option(
         None, "Weight of the distillation loss, in [0, 1]. Default: 0.5, or 0.1 for 'soft' (section 6)."
@@ -83,7 +84,9 @@ class DistillationConfig(TrainingArguments):
         affects="views",
     )
     teacher_record: str | None = option(
-        None, "Record the teacher outputs for every training view in this directory.", affects="machine"
+        None,
+        "Record the teacher outputs for every training view in this directory.",
+        affects="machine",
     )
     teacher_replay: str | None = option(
         None,
@@ -112,7 +115,7 @@ class DistillationConfig(TrainingArguments):
 
     # Augmentation of each view
     num_repeats: int = option(
-        3, "Repeated augmentation: views of each image in a batch. 1 turns it off.", affects="views"
+        3, "Repeated augmentation: views of each image in a batch. 1 turns it off.", affects="views", heading="data"
     )
     auto_augment: str = option(
         "rand-m9-mstd0.5-inc1",
@@ -152,22 +155,29 @@ class DistillationConfig(TrainingArguments):
     )
     mixup_alpha: float = option(0.8, "Parameter of Mixup's beta distribution. 0 turns Mixup off.", affects="views")
     cutmix_alpha: float = option(1.0, "Parameter of CutMix's beta distribution. 0 turns CutMix off.", affects="views")
-    mix_prob: float = option(1.0, "Probability that a batch is mixed by Mixup or CutMix.", affects="views")
+    mix_prob: float = option(
+        1.0, "Probability that a batch is mixed by Mixup or CutMix.", affects="views", heading="data"
+    )
     mix_switch_prob: float = option(
         0.5, "Probability of CutMix, rather than Mixup, when both are on.", affects="views"
     )
     label_smoothing_factor: float = option(0.1, "Label smoothing of the true labels, in [0, 1).")
 
     # Optimisation
-    num_train_epochs: float = option(300, "Number of epochs. One epoch has as many views as the dataset has images.")
+    num_train_epochs: float = option(
+        300, "Number of epochs. One epoch has as many views as the dataset has images.", heading="training"
+    )
     per_device_train_batch_size: int = option(
-        128, "Views per device and forward pass. The default makes 1024 on the paper's 8 GPUs.", affects="views"
+        128,
+        "Views per device and forward pass. The default makes 1024 on the paper's 8 GPUs.",
+        affects="views",
+        heading="training",
     )
     per_device_eval_batch_size: int = option(
         256, "Images per device and forward pass in evaluation.", affects="machine"
     )
     learning_rate: float | None = option(
-        None, "Peak learning rate, used as is. Mutually exclusive with base_learning_rate."
+        None, "Peak learning rate, used as is. Mutually exclusive with base_learning_rate.", heading="training"
     )
     base_learning_rate: float | None = option(
         None,
@@ -176,7 +186,9 @@ class DistillationConfig(TrainingArguments):
     )
     min_lr: float = option(1e-5, "Learning rate at the end of the cosine schedule.")
     warmup_lr: float = option(1e-6, "Learning rate at the first step of the warm-up.")
-    warmup_epochs: float = option(5, "Epochs of linear warm-up. Used only if warmup_steps is unset.")
+    warmup_epochs: float = option(
+        5, "Epochs of linear warm-up. Used only if warmup_steps is unset.", heading="training"
+    )
     warmup_steps: float | None = option(
         None, "Steps of linear warm-up; below 1, a fraction of all steps; 0: no warm-up. Default: warmup_epochs."
     )
@@ -194,10 +206,14 @@ class DistillationConfig(TrainingArguments):
     )
 
     # The run
-    eval_strategy: str = option("epoch", "When to evaluate: 'epoch', 'steps' or 'no'.", affects="machine")
-    save_strategy: str = option("epoch", "When to write a checkpoint: 'epoch', 'steps' or 'no'.", affects="machine")
+    eval_strategy: str = option(
+        "epoch", "When to evaluate: 'epoch', 'steps' or 'no'.", affects="machine", heading="output"
+    )
+    save_strategy: str = option(
+        "epoch", "When to write a checkpoint: 'epoch', 'steps' or 'no'.", affects="machine", heading="output"
+    )
     save_total_limit: int | None = option(2, "Number of checkpoints to keep.", affects="machine")
-    logging_steps: float = option(50, "Steps between two log lines.", affects="machine")
+    logging_steps: float = option(50, "Steps between two log lines.", affects="machine", heading="output")
     logging_nan_inf_filter: bool = option(
         False, "Hide NaN and infinite losses from the log. Off: a non-finite loss stops the run.", affects="machine"
     )

@@ -20,8 +20,8 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_deit import DistillationConfig, DistillationTrainer
-from hf_deit.recipe import parse_recipe
-from hf_deit.stock_options import FORMER_OPTIONS, STOCK_OPTIONS
+from hf_deit.options.recipe import parse_recipe
+from hf_deit.options.stock_options import FORMER_OPTIONS, STOCK_OPTIONS
 
 
 # A value of each option without effect, and of each refused one, that is not its default.

@@ -1,6 +1,6 @@
 """The reference of all options, made from what the options say of themselves.
 
-`python -m hf_deit.commands.options` prints docs/options.md.
+`python -m hf_deit.options.reference` prints docs/options.md.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import MISSING, Field, fields
 from transformers import TrainingArguments
 
 from ..arguments import ClassifierArguments, DataArguments, ModelArguments
-from ..stock_options import FORMER_OPTIONS, STOCK_OPTIONS
 from ..training.distillation_config import DistillationConfig
+from .stock_options import FORMER_OPTIONS, STOCK_OPTIONS
 
 
 HEAD = """# Options
 
 Every key of a recipe, and every `--key` of the command line, of `run_distill.py` and `run_teacher.py`. This page is
-printed by `python -m hf_deit.commands.options > docs/options.md`; a test compares the two.
+printed by `python -m hf_deit.options.reference > docs/options.md`; a test compares the two.
 
 What another value of an option changes: the **views** (which pixels are shown when, and through them the weights), the
 **weights**, or only the **machine** (speed, memory, files, logs). A resumed run, a model card and a record of a

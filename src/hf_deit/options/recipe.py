@@ -2,6 +2,9 @@
 
 Every key of the recipe and every option of the command line is a field of one of the run's dataclasses; the command
 line overrides the recipe. A recipe is data: none of its values is executed, and an unknown key is an error.
+
+Everything that can be refused without PyTorch's help is refused before a dataclass is built, because building
+TrainingArguments alone takes longer than all of that.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
-from .errors import UserError, first_line, printable
-from .files import read_file
-from .stock_options import FORMER_OPTIONS
+from ..errors import UserError, first_line, printable
+from ..files import read_file
+from .command_line import ShortHelp, did_you_mean
+
+
+# The recipes that come with the package: inside it where it was installed, beside `src` in a checkout.
+PACKAGE = Path(__file__).parents[1]
+RECIPES = PACKAGE / "recipes" if (PACKAGE / "recipes").is_dir() else PACKAGE.parents[1] / "recipes"
 
 
 def parse_recipe(
@@ -34,19 +41,25 @@ def parse_recipe(
 
     Args:
         dataclass_types: the run's dataclasses; no two of them may share a field name.
-        argv: the command line after the script's name; `sys.argv[1:]` if None.
-        default_recipe: recipe to use if the command line does not begin with one. One line reports that it is used.
+        argv: the command line after the program's name; `sys.argv[1:]` if None. [`find_recipe`] finds its recipe.
+        default_recipe: file to use if the command line does not begin with a recipe. One line reports that it is used.
         replaced_by: for an option of the command line, the keys of the default recipe that then do not apply.
 
     Raises:
         ValueError: the recipe cannot be read, a key is unknown (the message suggests the nearest known key), or a
             dataclass rejects a value. A value of the wrong type ends the program with argparse's message and status 2.
     """
+    from transformers import HfArgumentParser  # half a second, which `hf-deit --help` need not wait for
+
     argv = list(sys.argv[1:] if argv is None else argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    recipe = default_recipe if named is None else named
+    helps = bool({"-h", "--help", "--help-all"} & set(argv))  # which shows the defaults, or those of a named recipe
+    recipe = (None if helps else default_recipe) if named is None else find_recipe(named)
     known = {item.name for kind in dataclass_types for item in fields(kind) if item.init}
-    parser = HfArgumentParser(dataclass_types, usage="%(prog)s [recipe.yaml] [--key value ...]", allow_abbrev=False)
+    usage = "%(prog)s [recipe.yaml] [--key value ...]"
+    parser = HfArgumentParser(dataclass_types, usage=usage, allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action=ShortHelp, help="List the keys that people set first.")
+    parser.add_argument("--help-all", action="help", help="List every key.")
     if recipe is not None:
         keys = _read_recipe(Path(recipe), known)
         options = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
@@ -58,15 +71,40 @@ def parse_recipe(
                     f"no recipe is named: the settings of {Path(recipe).name} apply where the command line gives none"
                 )
         parser.set_defaults(**keys)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"the command line has {unknown[0]!r}{did_you_mean(unknown[0].lstrip('-'), known)}")
     try:
-        *instances, unknown = parser.parse_args_into_dataclasses(
-            argv, look_for_args_file=False, return_remaining_strings=True
-        )
+        return parser.parse_dict(vars(values))
     except (ValueError, ImportError) as error:  # TrainingArguments rejected an option
         raise UserError(str(error)) from error
-    if unknown:
-        raise UserError(f"the command line has {unknown[0]!r}{_did_you_mean(unknown[0].lstrip('-'), known)}")
-    return tuple(instances)
+
+
+def find_recipe(name: str, folders: Sequence[Path] = (Path(), RECIPES)) -> Path:
+    """Return the file of a recipe: on disk, or one that comes with the package.
+
+    Args:
+        name: path of a file, or name of a recipe of the package ("quickstart"); `.yaml` may be left out.
+        folders: where to look, in this order. One line says so if a file hides a recipe of the package.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    names = [name] if name.endswith((".yaml", ".yml")) else [name, f"{name}.yaml"]
+    found = [path for folder in folders for each in names if (path := folder / each).is_file()]
+    if not found and Path(name).exists():
+        return Path(name)  # reading it says what it is
+    if not found:
+        packaged = [str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml")]
+        nearest = difflib.get_close_matches(name.removesuffix(".yaml"), packaged, n=1)
+        raise UserError(
+            f"recipe {name!r} cannot be read: there is no such file, and no recipe of the package has this name; "
+            + (f"did you mean {nearest[0]!r}?" if nearest else "`hf-deit init DIR` writes recipes to begin with")
+        )
+    hidden = [path for path in found[1:] if path.is_relative_to(RECIPES) and not path.samefile(found[0])]
+    if hidden and os.environ.get("RANK", "0") == "0":
+        print(f"the recipe is {str(found[0])!r}, not the package's {name!r}")
+    return found[0]
 
 
 # Limits of a recipe: PyYAML reads some 20 kB a second, and its stack grows with the depth.
@@ -152,7 +190,7 @@ def _read_recipe(path: Path, known: set[str]) -> dict:
         raise UserError(f"recipe {str(path)!r} is a {type(keys).__name__}; expected lines of the form 'key: value'")
     for key in keys:
         if key not in known:
-            raise UserError(f"recipe {str(path)!r} has the key {key!r}{_did_you_mean(str(key), known)}")
+            raise UserError(f"recipe {str(path)!r} has the key {key!r}{did_you_mean(str(key), known)}")
         if re.search(r"(^|[\s,'\"\[])python:", str(keys[key])):
             raise UserError(
                 f"recipe {str(path)!r} sets {key} to code to run, {keys[key]!r}; a recipe may only hold data. Pass "
@@ -170,10 +208,3 @@ def _as_typed(value):
     if isinstance(value, dict):
         return json.dumps(value)
     return value if value is None or isinstance(value, list) else str(value)
-
-
-def _did_you_mean(word: str, known: set[str]) -> str:
-    if advice := FORMER_OPTIONS.get(word.split("=")[0]):
-        return f", which Transformers no longer has: {advice}"
-    nearest = difflib.get_close_matches(word.split("=")[0], known, n=1)
-    return f", which is no key; did you mean {nearest[0]!r}?" if nearest else ", which is no key; --help lists them"

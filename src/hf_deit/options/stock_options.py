@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from .arguments import Affects
+from ..arguments import Affects, Heading
 
 
 Status = Literal["honoured", "no effect", "refused"]
@@ -20,29 +20,34 @@ class StockOption(NamedTuple):
         status: "honoured"; "no effect": setting it is warned of; "refused": setting it is an error.
         affects: what another value changes; see `arguments.option`.
         why: for the user, where it is not honoured: why, and what to use instead.
+        heading: where `--help` lists it; see `arguments.option`.
     """
 
     status: Status
     affects: Affects = "machine"
     why: str = ""
+    heading: Heading | None = None
 
 
-def _honoured(affects: Affects, names: str) -> dict[str, StockOption]:
-    return {name: StockOption("honoured", affects) for name in names.split()}
+def _honoured(affects: Affects, names: str, heading: Heading | None = None) -> dict[str, StockOption]:
+    return {name: StockOption("honoured", affects, heading=heading) for name in names.split()}
 
 
 STOCK_OPTIONS: dict[str, StockOption] = {
-    **_honoured("views", "seed data_seed gradient_accumulation_steps"),
+    **_honoured("views", "seed", "training"),
+    **_honoured("views", "data_seed gradient_accumulation_steps"),
+    **_honoured("weights", "max_steps bf16", "training"),
+    **_honoured("machine", "output_dir push_to_hub hub_model_id", "output"),
     **_honoured(
         "weights",
-        "max_steps lr_scheduler_kwargs optim optim_args optim_target_modules adam_beta1 adam_beta2 "
-        "adam_epsilon bf16 fp16 tf32 load_best_model_at_end metric_for_best_model "
+        "lr_scheduler_kwargs optim optim_args optim_target_modules adam_beta1 adam_beta2 "
+        "adam_epsilon fp16 tf32 load_best_model_at_end metric_for_best_model "
         "greater_is_better full_determinism",
     ),
     **_honoured(
         "machine",
         # where it runs
-        "output_dir use_cpu ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers "
+        "use_cpu ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers "
         "ddp_static_graph fsdp fsdp_config debug "
         # speed and memory
         "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
@@ -54,7 +59,7 @@ STOCK_OPTIONS: dict[str, StockOption] = {
         "eval_delay save_steps save_on_each_node resume_from_checkpoint "
         "restore_callback_states_from_checkpoint "
         # the Hub
-        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+        "hub_token hub_private_repo hub_strategy hub_always_push hub_revision",
     ),
     **{
         name: StockOption("no effect", why=why)

@@ -1,0 +1,62 @@
+"""The command: `hf-deit <command> ...`, or `python -m hf_deit <command> ...` for a launcher.
+
+Each command is the `main` of the module in `commands/` that has its name. Only that module is imported, so that
+`hf-deit --help` needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from importlib import import_module
+
+from . import __version__
+from .errors import UserError, run_script
+
+
+COMMANDS = {
+    "init": "write a recipe for your own photos, its teacher's recipe and a machine file",
+    "distill": "train a DeiT, with or without a teacher; without a recipe the quickstart",
+    "teacher": "train or fine-tune a teacher on your images",
+    "check": "what a run would find in a dataset, without training",
+    "eval": "accuracy of any checkpoints, head by head",
+    "analyze": "who disagrees with whom, and where a DeiT looks",
+    "demo": "a page in your browser that classifies your images and shows where the model looks",
+    "throughput": "images per second, parameters and memory of networks",
+    "table": "run a table of the paper as a sweep",
+    "convert": "a checkpoint from or to the formats of the Hub, timm and the authors",
+    "export": "a trained model as one ONNX or torch.export file",
+}
+HELP = """usage: hf-deit <command> [arguments]     (hf-deit <command> --help says more)
+
+Train, distil, fine-tune and publish DeiT.
+
+{commands}
+
+With a machine file of accelerate, for several GPUs say:
+  accelerate launch --config_file machine.yaml -m hf_deit <command> [arguments]
+"""
+
+
+def main() -> None:
+    """Run the command that the command line of this process names."""
+    run_script(_run)
+
+
+def _run() -> None:
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(HELP.format(commands="\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items())), end="")
+    elif name == "--version":
+        print(f"hf_deit {__version__}")
+    elif name in COMMANDS:
+        sys.argv[0] = f"hf-deit {name}"  # what argparse calls the program
+        import_module(f".commands.{name}", __package__).main(rest)
+    else:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        wanted = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(COMMANDS)}"
+        raise UserError(f"{name!r} is no command of hf-deit; {wanted}")
+
+
+if __name__ == "__main__":
+    main()
