@@ -129,7 +129,7 @@ def parse_command(line: str, folder: Path, page: str = "") -> None:
         return
     assert name in COMMANDS, line
     command = import_module(f"hf_deit.commands.{name}")
-    if "--help" in words or "--help-all" in words or any("<" in word for word in words):
+    if "--help" in words or "--help-all" in words or "..." in words or any("<" in word for word in words):
         return
     if hasattr(command, "KINDS"):
         recipe = words.pop(0) if words and not words[0].startswith("-") else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -189,6 +190,11 @@ class ClassifierArguments:
     def __post_init__(self):
         if isinstance(self.model_args, str):
             self.model_args = json.loads(self.model_args)
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def words(value: str | Sequence[str] | None) -> list[str]:

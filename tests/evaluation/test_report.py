@@ -40,7 +40,7 @@ def test_the_table_and_the_json_say_the_same(script, stock, dataset, tmp_path, c
         measured = result["heads"][head]
         assert row[4:7] == [
             f"{100 * measured['top1']:.2f}",
-            f"{100 * measured['top5']:.2f}",
+            "-",  # top-5 of three classes
             f"{measured['loss']:.4f}",
         ]
         assert result["images"] == 19 and result["parameters"] > 0

@@ -109,3 +109,8 @@ def test_an_override_at_loading_is_checked_too(tmp_path):
 def test_an_unknown_size_is_refused():
     with pytest.raises(ValueError, match="'huge'; choose one of tiny, small, base"):
         DeiTConfig.from_size("huge")
+
+
+def test_class_names_are_numbered_both_ways_on_disk(tmp_path):
+    DeiTConfig(id2label={0: "cat", 1: "dog"}).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["label2id"] == {"cat": 0, "dog": 1}

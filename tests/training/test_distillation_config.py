@@ -91,7 +91,7 @@ def test_every_field_of_ours_says_what_it_is():
             "teacher_replay is 'a' and distillation_type is 'none'",
         ),
         ({"teacher_top_k": 0}, "teacher_top_k is 0"),
-        ({"num_train_epochs": 5}, "warmup_epochs is 5 and num_train_epochs is 5"),
+        ({"num_train_epochs": 5, "warmup_epochs": 5}, "warmup_epochs is 5 and num_train_epochs is 5"),
     ],
 )
 def test_bad_values_are_refused_with_the_fix(tmp_path, fields, message):

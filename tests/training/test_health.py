@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_deit import load_teacher
-from hf_deit.training.health import Health
+from hf_deit.training.health import Health, Pace, duration
 
 
 CLASSES = 10
@@ -307,3 +308,28 @@ def test_a_learning_rate_far_too_high_is_seen_in_a_run(tiny_images, tmp_path, ca
     run.train()
     messages = [record.getMessage() for record in caplog.records if record.name == "hf_deit.training.health"]
     assert any("a learning rate far too high" in message for message in messages), messages
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.4, "0 s"), (29, "29 s"), (300, "5 min"), (3600 * 5.5, "5 h 30 min"), (3600 * 51, "2 days 3 h")],
+)
+def test_a_duration_is_said_in_two_units(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    "steps, device, warned", [(1_000_000, "cpu", True), (1_000_000, "cuda", False), (60, "cpu", False)]
+)
+def test_the_first_steps_say_how_long_a_run_takes(steps, device, warned, monkeypatch, capsys, caplog):
+    clock = iter([100.0, 104.0])  # after the first step and after the third: two seconds a step
+    monkeypatch.setattr("hf_deit.training.health.time.perf_counter", lambda: next(clock))
+    args = SimpleNamespace(logs_by_default=True, device=torch.device(device))
+    state = SimpleNamespace(logging_steps=50, max_steps=steps, global_step=0, is_world_process_zero=True)
+    pace = Pace()
+    pace.on_train_begin(args, state, None)
+    for state.global_step in range(1, 6):
+        pace.on_step_end(args, state, None)
+    assert "2 s a step, about " in capsys.readouterr().out
+    assert ("on this CPU the run takes about 23 days" in caplog.text) == warned
+    assert state.logging_steps == (50 if steps > 500 else 6)

@@ -41,3 +41,28 @@ def test_accuracy_is_called_held_out_only_where_that_is_known():
     metrics = {"eval_top1": 0.5, "eval_top5": 0.75}
     assert accuracy_table(metrics, held_out=True).startswith("held-out accuracy ")
     assert "held" not in accuracy_table(metrics)
+
+
+def test_of_five_classes_and_fewer_the_table_has_no_top5():
+    lines = accuracy_table({"eval_top1": 0.5, "teacher_top1": 0.75}).splitlines()
+    assert [line.split()[-1] for line in lines] == ["top-1", "0.7500", "0.5000"]
+
+
+@pytest.mark.parametrize("words, said", [({}, True), ({"warmup_epochs": 1}, False)])
+def test_the_banner_says_that_the_warm_up_is_short(tiny_images, tmp_path, words, said):
+    run = trainer(tiny_images(), tmp_path, num_train_epochs=3, **({"warmup_epochs": None} | words))
+    assert ("20% of a short run" in banner(run)) == said
+    assert run.args.get_warmup_steps(100) == (33 if words == {"warmup_epochs": 1} else 20)
+
+
+def test_a_short_run_has_ten_log_lines_unless_asked_otherwise(tiny_images, tmp_path):
+    run = trainer(tiny_images(), tmp_path, num_train_epochs=4, logging_steps=None)
+    run.train()
+    assert run.state.max_steps == 24 and len([line for line in run.state.log_history if "loss" in line]) >= 10
+    asked = trainer(tiny_images(), tmp_path / "asked", num_train_epochs=4, logging_steps=8)
+    asked.train()
+    assert len([line for line in asked.state.log_history if "loss" in line]) == 3
+
+
+def test_the_accuracies_of_three_classes_have_no_top5(tiny_images, tmp_path):
+    assert not [name for name in trainer(tiny_images(), tmp_path).evaluate() if "top5" in name]

@@ -100,6 +100,8 @@ def evaluate_nothing(training_args: DistillationConfig) -> None:
     Raises:
         UserError: the run was to keep its best model, which only an evaluation can tell.
     """
+    from transformers import IntervalStrategy
+
     if training_args.load_best_model_at_end:
         raise UserError(
             "load_best_model_at_end needs images to evaluate on, and there are none: set eval_split, or an "

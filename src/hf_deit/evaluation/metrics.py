@@ -37,8 +37,12 @@ UNEVEN = 1.5
 
 
 def top_classes(logits: Tensor) -> Tensor:
-    """The `(..., min(5, classes))` best class numbers of `(..., classes)` logits, int64, best first, on the device."""
-    return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices
+    """Return the best class numbers of `(..., classes)` logits, int64, best first, on the device.
+
+    Returns:
+        `(..., 5)`, or `(..., 1)` of five classes and fewer, where the best five are always right.
+    """
+    return logits.topk(TOP_K if logits.shape[-1] > TOP_K else 1, dim=-1).indices
 
 
 class _LocalMetric(evaluate.Metric):
@@ -66,8 +70,7 @@ class TopKAccuracy(_LocalMetric):
     `compute(predictions, references, top_k=(1, 5))`:
         predictions: `(samples, K)`, int, the K best classes of each sample, best first.
         references: `(samples,)`, int, the labels.
-        top_k: the values of k. With fewer than k columns all are used: K = 5, or the number of classes where there are
-            fewer, and then top-5 is 1 by definition.
+        top_k: the values of k. Those above K are left out.
 
     Returns:
         `{"top1": ..., "top5": ...}`, fractions in [0, 1].
@@ -92,7 +95,7 @@ class TopKAccuracy(_LocalMetric):
                 "(samples, K) class numbers, best first, and (samples,) labels, with at least one of each"
             )
         hits = classes == labels[:, None]
-        return {f"top{k}": float(hits[:, :k].any(axis=1).mean()) for k in top_k}
+        return {f"top{k}": float(hits[:, :k].any(axis=1).mean()) for k in top_k if k <= classes.shape[1]}
 
 
 class ReaLAccuracy(_LocalMetric):
@@ -101,7 +104,7 @@ class ReaLAccuracy(_LocalMetric):
     `compute(predictions, references, top_k=(1, 5))`:
         predictions: `(samples, K)`, int, the K best classes of each sample, best first.
         references: for each sample a list of labels, int, which may be empty.
-        top_k: the values of k. With fewer than k columns all are used.
+        top_k: the values of k. Those above K are left out.
 
     Returns:
         `{"top1": ..., "top5": ...}`, fractions in [0, 1].
@@ -213,8 +216,9 @@ def three_head_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
     Returns:
         `loss` (mean), `top1` and `top5` (the fused prediction, or the only head), and with three heads `class_top1`,
-        `class_top5`, `distillation_top1`, `distillation_top5`; where the classes are uneven also `balanced_accuracy`,
-        of the fused prediction (see [`balanced_accuracy`]). The Trainer puts `eval_` before each name.
+        `class_top5`, `distillation_top1`, `distillation_top5`; no top-5 if K is smaller; where the classes are uneven
+        also `balanced_accuracy`, of the fused prediction (see [`balanced_accuracy`]). The Trainer puts `eval_` before
+        each name.
 
     Raises:
         ValueError: if H is neither 1 nor 3, or the numbers of samples differ.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..arguments import DataArguments, option, words
+from ..arguments import DataArguments, available_cores, option, words
 from ..errors import UserError
 from ..processes import current_process
 from .classifier import HEADS, Classifier
@@ -48,7 +48,10 @@ class EvaluationArguments(DataArguments):
     )
     output: str = option("outputs/evaluation", "Path of the results without suffix: <output>.md and <output>.json.")
     batch_size: int = option(256, "Images per batch in each process.")
-    num_workers: int = option(4, "Processes that decode images, per process that evaluates.")
+    num_workers: int = option(
+        lambda: min(4, available_cores()),
+        "Processes that decode images, per process that evaluates. Default: the available cores, at most 4.",
+    )
 
     def __post_init__(self):
         self.models, self.heads = words(self.models), words(self.heads) or list(HEADS)
@@ -146,7 +149,11 @@ def evaluation_table(report: dict, heads: Sequence[str] = HEADS) -> str:
         for head, measured in result["heads"].items():
             if head not in heads and len(result["heads"]) > 1:
                 continue
-            numbers = [f"{100 * measured['top1']:.2f}", f"{100 * measured['top5']:.2f}", f"{measured['loss']:.4f}"]
+            numbers = [
+                f"{100 * measured['top1']:.2f}",
+                f"{100 * measured['top5']:.2f}" if "top5" in measured else "-",
+                f"{measured['loss']:.4f}",
+            ]
             name = f"{head} *" if head == result["own_head"] and len(result["heads"]) > 1 else head
             lines.append(f"| {' | '.join([*first, name, *numbers, speed])} |")
             first, speed = ["", "", ""], ""

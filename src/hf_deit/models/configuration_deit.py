@@ -113,6 +113,8 @@ class DeiTConfig(PreTrainedConfig):
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.pooler_output_size = self.pooler_output_size or self.hidden_size
         super().__post_init__(**kwargs)
+        if self.id2label and not self.label2id:  # Transformers fills it only for classes without names
+            self.label2id = {name: index for index, name in self.id2label.items()}
         self.check()
 
     @classmethod

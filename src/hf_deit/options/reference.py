@@ -60,7 +60,7 @@ def _row(item: Field) -> Sequence[str]:
 
 
 def _stock_row(item: Field) -> Sequence[str]:
-    status, affects, why = STOCK_OPTIONS[item.name]
+    status, affects, why, _ = STOCK_OPTIONS[item.name]
     return f"`{item.name}`", _default(item), affects if status == "honoured" else "", status, why
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
-from ..arguments import DataArguments, option, words
+from ..arguments import DataArguments, available_cores, option, words
 from ..augmentation.mixing import normalize
 from ..augmentation.transforms import EvalTransform, build_eval_transform
 from ..data.views import EvalViews, collate_views
@@ -65,7 +65,9 @@ class AnalysisArguments(DataArguments):
     attention_layer: int = option(-1, "Layer whose attention is drawn: 1 is the first, -1 the last.")
     output_dir: str = option("outputs/analysis", "Folder for the pictures and their numbers as JSON.")
     batch_size: int = option(256, "Images per batch.")
-    num_workers: int = option(4, "Processes that decode the images.")
+    num_workers: int = option(
+        lambda: min(4, available_cores()), "Processes that decode the images. Default: the available cores, at most 4."
+    )
 
     def __post_init__(self):
         self.models = words(self.models)

@@ -18,7 +18,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
-from ..arguments import names_affecting, option
+from ..arguments import available_cores, names_affecting, option
 from ..errors import UserError
 from ..losses import CLASS_WEIGHTINGS, DISTILLATION_TYPES, KL_REDUCTIONS
 from ..options.stock_options import STOCK_OPTIONS
@@ -36,12 +36,13 @@ CHOICES = {
     "kl_reduction": KL_REDUCTIONS,
     "class_weighting": CLASS_WEIGHTINGS,
 }
+# Of Table 9's 300 epochs; and the largest share of a shorter run that is warm-up unless the user asks for more.
+PAPER_WARMUP_EPOCHS, LONGEST_WARMUP = 5, 0.2
 
 
 def _workers_per_process() -> int:
     """Available CPU cores divided by the processes on this machine; at most 10, as in the authors' code."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(10, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(10, max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 @dataclass
@@ -60,6 +61,7 @@ class DistillationConfig(TrainingArguments):
 
     if TYPE_CHECKING:  # narrower than Transformers declares them, once __post_init__ has run
         output_dir: str = ""
+        warmup_epochs: float = PAPER_WARMUP_EPOCHS
 
     # Distillation
     distillation_type: str = option(
@@ -186,8 +188,11 @@ class DistillationConfig(TrainingArguments):
     )
     min_lr: float = option(1e-5, "Learning rate at the end of the cosine schedule.")
     warmup_lr: float = option(1e-6, "Learning rate at the first step of the warm-up.")
-    warmup_epochs: float = option(
-        5, "Epochs of linear warm-up. Used only if warmup_steps is unset.", heading="training"
+    warmup_epochs: float | None = option(
+        None,
+        "Epochs of linear warm-up. Used only if warmup_steps is unset. Default: the paper's 5, in a run of less than "
+        "25 epochs a fifth of it.",
+        heading="training",
     )
     warmup_steps: float | None = option(
         None, "Steps of linear warm-up; below 1, a fraction of all steps; 0: no warm-up. Default: warmup_epochs."
@@ -213,7 +218,12 @@ class DistillationConfig(TrainingArguments):
         "epoch", "When to write a checkpoint: 'epoch', 'steps' or 'no'.", affects="machine", heading="output"
     )
     save_total_limit: int | None = option(2, "Number of checkpoints to keep.", affects="machine")
-    logging_steps: float = option(50, "Steps between two log lines.", affects="machine", heading="output")
+    logging_steps: float | None = option(
+        None,
+        "Steps between two log lines. Default: 50, in a run of less than 500 steps a tenth of it.",
+        affects="machine",
+        heading="output",
+    )
     logging_nan_inf_filter: bool = option(
         False, "Hide NaN and infinite losses from the log. Off: a non-finite loss stops the run.", affects="machine"
     )
@@ -248,6 +258,11 @@ class DistillationConfig(TrainingArguments):
             self.label_names = ["labels"]
         if warmup_steps is None:
             self.warmup_steps = 0  # None means warmup_epochs, which Transformers does not know
+        self.logs_by_default = self.logging_steps is None
+        if self.logging_steps is None:  # `Pace` lowers it once the length of the run is known
+            self.logging_steps = 50
+        if self.warmup_epochs is None:
+            self.warmup_epochs = min(PAPER_WARMUP_EPOCHS, LONGEST_WARMUP * self.num_train_epochs)
         super().__post_init__()
         self.warmup_steps = warmup_steps
         if self.process_index == 0:

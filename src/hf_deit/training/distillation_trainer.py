@@ -35,7 +35,7 @@ from ..teachers.teacher import Teacher
 from ..teachers.teacher_outputs import TeacherOutputs
 from . import run
 from .distillation_config import DistillationConfig
-from .health import Health
+from .health import Health, Pace
 from .publishing import PublishingTrainer, UnpickledToken, clear_hub_errors
 
 
@@ -103,6 +103,7 @@ class DistillationTrainer(PublishingTrainer):
             processor: Any = self.processing_class
             mean, std = processor.image_mean, processor.image_std
         self.teacher = self._recorded_or_replayed(teacher.to(args.device) if teacher is not None else None, mean, std)
+        self.add_callback(Pace())
         if isinstance(self.teacher, TrainerCallback):
             self.add_callback(self.teacher)
         self.health = Health(

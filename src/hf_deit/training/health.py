@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from ..errors import NonFiniteError, UserError
 
@@ -38,6 +40,48 @@ IDLE_STEPS = 10
 # Skipped steps in a row before a warning and before an error. fp16's loss scale starts at 65,536 and is halved by
 # every overflow, so the first few skips only search for a good scale.
 DOUBTFUL_SKIPS, MAX_SKIPS = 12, 25
+
+
+# A run's pace is that of its steps from the second to this one; so many hours on a CPU are warned of.
+PACE_STEPS, LONG_HOURS = 3, 6
+
+
+class Pace(TrainerCallback):
+    """Logs a short run often enough, and says after a few steps how long the run will take."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Have at least ten log lines, unless `logging_steps` was set."""
+        if args.logs_by_default:
+            state.logging_steps = max(1, min(state.logging_steps, state.max_steps // 10))
+        self.steps, self.since = 0, 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Print the time that the steps so far promise; on a CPU warn of many hours."""
+        self.steps += 1
+        if self.steps == 1:  # which starts the workers and compiles
+            self.since = time.perf_counter()
+        elif self.steps == PACE_STEPS and state.is_world_process_zero:
+            step = (time.perf_counter() - self.since) / (PACE_STEPS - 1)
+            seconds = step * (state.max_steps - state.global_step)
+            print(f"{'pace':<11}{step:.2g} s a step, about {duration(seconds)} to go", flush=True)
+            if args.device.type == "cpu" and seconds > LONG_HOURS * 3600:
+                logger.warning(
+                    "on this CPU the run takes about %s. Use a GPU, or a smaller model_size, image_size or "
+                    "num_train_epochs; hf-deit init writes a recipe that a CPU can bear",
+                    duration(seconds),
+                )
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in its two largest units, for people: '2 days 3 h', '5 min'."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} days {hours % 24} h"
 
 
 class Health:

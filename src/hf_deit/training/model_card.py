@@ -165,14 +165,14 @@ def _eval_results(facts: CardFacts) -> list[EvalResult] | None:
                 metric_name=f"top-{k} accuracy" + ("" if title == "model" else f", {title}"),
                 metric_value=value,
             )
-            for k, value in zip((1, 5), accuracies, strict=True)
+            for k, value in zip((1, 5), accuracies, strict=False)
             if title != "teacher"
         ]
     return results or None
 
 
-def accuracy_rows(metrics: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """Return the measured top-1 and top-5 by row title, as fractions. The model's own output (`eval`) comes first."""
+def accuracy_rows(metrics: Mapping[str, float]) -> dict[str, list[float]]:
+    """Return top-1 and, of more than five classes, top-5 by row title, as fractions; the model's own output first."""
     prefixes = {
         "both heads, fused" if "eval_class_top1" in metrics else "model": "eval",
         "class head": "eval_class",
@@ -181,7 +181,7 @@ def accuracy_rows(metrics: Mapping[str, float]) -> dict[str, tuple[float, float]
         "teacher": "teacher",
     }
     return {
-        title: (metrics[f"{prefix}_top1"], metrics[f"{prefix}_top5"])
+        title: [metrics[f"{prefix}_{rate}"] for rate in ("top1", "top5") if f"{prefix}_{rate}" in metrics]
         for title, prefix in prefixes.items()
         if f"{prefix}_top1" in metrics
     }

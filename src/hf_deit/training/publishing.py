@@ -26,7 +26,13 @@ from ..data.summary import DatasetSummary
 from ..errors import UserError
 from ..models.configuration_deit import DeiTConfig
 from ..teachers.teacher_outputs import TeacherOutputs
-from .distillation_config import BASE_BATCH_SIZE, PAPER_BASE_LEARNING_RATE, DistillationConfig, settings_of
+from .distillation_config import (
+    BASE_BATCH_SIZE,
+    PAPER_BASE_LEARNING_RATE,
+    PAPER_WARMUP_EPOCHS,
+    DistillationConfig,
+    settings_of,
+)
 from .model_card import CardFacts, build_model_card, hub_id
 from .resuming import ResumableTrainer
 
@@ -196,7 +202,7 @@ PAPER_BATCH_SIZE = 1024
 
 def _settings_that_differ(args: DistillationConfig, config) -> dict[str, tuple[object, object]]:
     """Return this run's value and the default (Table 9), by name, for settings that differ."""
-    defaults = {item.name: item.default for item in fields(args)}
+    defaults = {item.name: item.default for item in fields(args)} | {"warmup_epochs": PAPER_WARMUP_EPOCHS}
     values = {name: (value, defaults[name]) for name, value in settings_of(args).items()}
     batch_size = args.effective_batch_size
     scaled = PAPER_BASE_LEARNING_RATE * batch_size / BASE_BATCH_SIZE

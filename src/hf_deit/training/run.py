@@ -10,6 +10,7 @@ from transformers import SchedulerType
 
 from ..errors import printable
 from ..plots.run import plot_run
+from .distillation_config import LONGEST_WARMUP, PAPER_WARMUP_EPOCHS, DistillationConfig
 
 
 if TYPE_CHECKING:
@@ -78,11 +79,18 @@ def banner(trainer: DistillationTrainer) -> str:
             "batch": f"{batch_size} views = {args.per_device_train_batch_size} x {args.world_size} processes x "
             f"{args.gradient_accumulation_steps} accumulation; {args.num_repeats} views of each image",
             "steps": f"{steps:,} = {args.num_train_epochs:g} epochs of {steps_per_epoch:,}, "
-            f"of which {args.get_warmup_steps(steps):,} are warm-up",
+            f"of which {args.get_warmup_steps(steps):,} are warm-up{_why_the_warm_up_is_short(args)}",
             "lr": f"{args.learning_rate:.4g} at the peak, {SchedulerType(args.lr_scheduler_type).value}",
             "precision": f"{trainer.accelerator.mixed_precision} on {args.device}",
         }.items()
     )
+
+
+def _why_the_warm_up_is_short(args: DistillationConfig) -> str:
+    capped = args.max_steps <= 0 and args.warmup_steps is None and args.warmup_epochs < PAPER_WARMUP_EPOCHS
+    if not capped or args.warmup_epochs != LONGEST_WARMUP * args.num_train_epochs:
+        return ""
+    return f" ({LONGEST_WARMUP:.0%} of a short run; the paper has {PAPER_WARMUP_EPOCHS} epochs: set warmup_epochs)"
 
 
 def accuracy_table(metrics: dict[str, float], held_out: bool = False) -> str:
@@ -100,10 +108,11 @@ def accuracy_table(metrics: dict[str, float], held_out: bool = False) -> str:
     if "eval_class_top1" not in metrics:
         rows["model"] = rows.pop("fused")
     title = "held-out accuracy" if held_out else "accuracy"
-    lines = [f"{title:<18}{'top-1':>8}{'top-5':>8}"]
+    rates = [rate for rate in ("top1", "top5") if f"eval_{rate}" in metrics]  # of few classes there is no top-5
+    lines = [f"{title:<18}" + "".join(f"{rate[:3]}-{rate[3:]}".rjust(8) for rate in rates)]
     for title, prefix in rows.items():
         if f"{prefix}_top1" in metrics:
-            lines.append(f"{title:<18}{metrics[f'{prefix}_top1']:>8.4f}{metrics[f'{prefix}_top5']:>8.4f}")
+            lines.append(f"{title:<18}" + "".join(f"{metrics[f'{prefix}_{rate}']:>8.4f}" for rate in rates))
     if "eval_balanced_accuracy" in metrics:
         lines.append(f"the classes are uneven: the mean of their top-1 is {metrics['eval_balanced_accuracy']:.4f}")
     return "\n".join(lines)
