@@ -120,6 +120,8 @@ def trees(draw):
     for path, content in draw(subsets(BESIDE, 0, 2)):
         place = draw(st.sampled_from((b"", above + splits[0] + (b"/" if splits[0] else b""))))
         tree[place + path] = (content, False, None)
+        if path == b"loose.png" and above and place == above:
+            troubles.add("an image beside folders that could be classes or part of one class")
     with_images = [name for name in names if used[splits[0], name]]
     if len(with_images) < 2:
         troubles.add("fewer than two classes")

@@ -401,7 +401,11 @@ def _walk(folder: str | Path) -> Iterator[tuple[str, str | None]]:
             seen.add((place.st_dev, place.st_ino))
             with os.scandir(parent) as entries:
                 for entry in entries:
-                    if not entry.is_dir():
+                    name = entry.name
+                    usual = not hidden and name[0] != "." and name[name.rfind(".") :].lower() in IMAGE_SUFFIXES
+                    if usual and entry.is_file(follow_symlinks=False):  # most entries, of up to millions
+                        yield entry.path, None
+                    elif not entry.is_dir():
                         yield entry.path, HIDDEN if hidden else _why_no_image(entry)
                     elif hidden or entry.name.startswith("."):
                         folders.appendleft((entry.path, True))
