@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -244,3 +245,35 @@ def test_an_official_file_that_is_a_pipe_or_a_device_is_not_opened(tmp_path):
             official_layouts.INATURALIST_2018.read(tmp_path, "train")
         (tmp_path / name).unlink()
         inaturalist(tmp_path)
+
+
+@pytest.mark.parametrize("do_compression", [False, True])
+def test_what_scipy_writes_is_read_as_it_was(tmp_path, do_compression):
+    structure = np.array([("a.jpg", 3), ("bé.jpg", 300)], dtype=[("fname", "O"), ("class", "O")])
+    numbers = {
+        kind: np.arange(6, dtype=kind).reshape(2, 3) for kind in ("i1", "u1", "i2", "u2", "i4", "f4", "f8", "i8")
+    }
+    whole = numbers | {
+        "rows": structure,
+        "cells": np.array(["x", "yz"], dtype=object),
+        "one": [[7]],
+        "long_name": [[1]],
+    }
+    savemat(tmp_path / "a.mat", whole, do_compression=do_compression)
+    read = official_layouts._load_mat(tmp_path / "a.mat")
+    for kind, values in numbers.items():
+        assert read[kind].dtype == kind and (read[kind] == values).all()
+    assert [(row["fname"], int(row["class"])) for row in read["rows"]] == [("a.jpg", 3), ("bé.jpg", 300)]
+    assert read["cells"] == ["x", "yz"] and int(read["one"]) == 7 and read["long_name"] == 1
+
+
+def test_any_byte_of_a_matlab_file_may_be_wrong(tmp_path):
+    """SciPy's reader crashes on some of these."""
+    structure = np.array([("a.jpg", 3)], dtype=[("fname", "O"), ("class", "O")])
+    savemat(tmp_path / "a.mat", {"tstid": [[1, 2]], "rows": structure})
+    data = (tmp_path / "a.mat").read_bytes()
+    for at in range(124, len(data)):
+        for value in (0, 1, 97, 255):
+            (tmp_path / "a.mat").write_bytes(data[:at] + bytes([value]) + data[at + 1 :])
+            with suppress(UserError), official_layouts._damage_of(tmp_path / "a.mat"):
+                official_layouts._load_mat(tmp_path / "a.mat")

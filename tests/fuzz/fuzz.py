@@ -36,7 +36,7 @@ CRASHERS = Path(__file__).with_name("crashers")
 def changed(draw: st.DrawFn, seeds: list[bytes], words: tuple[bytes, ...]) -> bytes:
     """A whole file with up to six changes."""
     data = bytearray(draw(st.sampled_from(seeds)))
-    for _ in range(draw(st.integers(1, 6))):
+    for _ in range(draw(st.sampled_from((1, 1, 1, 2, 3, 6)))):
         at = draw(st.integers(0, max(0, len(data) - 1)))
         kind = draw(st.sampled_from(("set", "bit", "cut", "insert", "delete", "repeat", "number", "word")))
         if kind == "cut":
@@ -80,7 +80,7 @@ def read(target: Target, data: bytes) -> bool:
 
 
 def run(name: str, minutes: float, examples: int) -> None:
-    """Fuzz one target in this process until the time or the examples are over."""
+    """Fuzz one target in this process, a whole number of rounds."""
     target, counts = TARGETS[name], {True: 0, False: 0}
     seeds = target.seeds()
     with contextlib.suppress(AssertionError):
@@ -107,8 +107,6 @@ def run(name: str, minutes: float, examples: int) -> None:
     )
     @given(changed(seeds, target.words))
     def fuzz(data: bytes) -> None:
-        if time.monotonic() > end:
-            return
         last.write_bytes(data)  # survives a crash of the interpreter
         signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
         signal.alarm(10 * MAX_SECONDS)  # whoever waits uses no time
@@ -118,10 +116,9 @@ def run(name: str, minutes: float, examples: int) -> None:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
 
+    fuzz()
     while time.monotonic() < end:
         fuzz()
-        if not minutes or examples < 1000:
-            break
     last.unlink(missing_ok=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{name}: {sum(counts.values()):,} inputs, {counts[True]:,} read, {counts[False]:,} refused, {peak:.2f} GB")
@@ -138,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1)
     parser.add_argument(
-        "--examples", type=int, default=2000, help="of one round; rounds follow until the time is over"
+        "--examples", type=int, default=200, help="of a round; rounds follow until the time is over"
     )
     parser.add_argument("--target", choices=TARGETS)
     options = parser.parse_args()

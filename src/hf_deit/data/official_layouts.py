@@ -16,6 +16,7 @@ import io
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, printable
 from ..files import MEBIBYTE, read_file, read_json, read_text
 from .decoding import check_paths
 from .folders import LocalImages, image_paths, sort_classes, visible_entries
@@ -78,7 +79,7 @@ def _read_imagenet(root: Path, split: str) -> LocalImages:
         names = sorted({line.split()[0] for line in lines if line.strip()})
     else:
         with _damage_of(file := _existing(devkit / "meta.mat")):
-            synsets = np.atleast_1d(_load_mat(file)["synsets"])
+            synsets = _load_mat(file)["synsets"]
             wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if row["num_children"] == 0}
         file = _existing(devkit / "ILSVRC2012_validation_ground_truth.txt")
         with _damage_of(file):
@@ -163,9 +164,9 @@ def _read_cars(root: Path, split: str) -> LocalImages:
     file = {"train": "cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}[split]
     annotations = _existing(root / "devkit" / file, root / file)
     with _damage_of(meta := _existing(root / "devkit" / "cars_meta.mat", root / "cars_meta.mat")):
-        names = [str(name) for name in np.atleast_1d(_load_mat(meta)["class_names"])]
+        names = [str(name) for name in _load_mat(meta)["class_names"]]
     with _damage_of(annotations):
-        rows = np.atleast_1d(_load_mat(annotations)["annotations"])
+        rows = _load_mat(annotations)["annotations"]
         files, labels = [str(row["fname"]) for row in rows], [int(row["class"]) - 1 for row in rows]
         if not all(0 <= label < len(names) for label in labels):
             raise ValueError(f"a class is not from 1 to {len(names)}")
@@ -277,15 +278,88 @@ def _encode(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _load_mat(file: Path) -> dict:
-    from scipy.io import loadmat, whosmat  # comes with scikit-learn
+# --- MATLAB files ------------------------------------------------------------------------------------------------
+# SciPy's reader crashes the process on damaged files (a type of data that it does not know leads out of its tables),
+# so the little that the official files need is read here.
 
-    content = read_file(file, 16 * MEBIBYTE)
-    # Each array states its size, also before it is unpacked.
-    values = sum(math.prod(map(int, shape)) for _, shape, _ in whosmat(io.BytesIO(content)))
-    if values > MAX_LIST_BYTES // 8:
-        raise ValueError(f"its arrays have {values:,} values")
-    return loadmat(io.BytesIO(content), squeeze_me=True)
+# Types of data: numbers with their NumPy names, and text with its encoding.
+_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+_TEXTS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
+_MATRIX, _COMPRESSED = 14, 15
+
+
+def _load_mat(file: Path) -> dict[str, Any]:
+    """Read a MATLAB 5 file: arrays of numbers, texts as `str`, cells as lists, structures as lists of dictionaries.
+
+    Raises:
+        ValueError: the file is damaged, of another version, or holds other things than these.
+
+    Source: MathWorks, "MAT-File Format", level 5.
+    """
+    content = memoryview(read_file(file, 16 * MEBIBYTE))
+    order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
+    if order is None:
+        raise ValueError("it is no MATLAB file of version 5 to 7")
+    arrays = {}
+    for kind, data in _elements(content[128:], order):
+        if kind == _COMPRESSED:
+            unpacked = zlib.decompressobj().decompress(data, MAX_LIST_BYTES + 1)
+            if len(unpacked) > MAX_LIST_BYTES:
+                raise ValueError(f"it holds more than {MAX_LIST_BYTES:,} bytes")
+            ((kind, data),) = _elements(memoryview(unpacked), order)
+        if kind != _MATRIX:
+            raise ValueError(f"it holds data of the type {kind}")
+        name, value = _matrix(data, order)
+        arrays[name] = value
+    return arrays
+
+
+def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
+    """Yield type and data of each element."""
+    at = 0
+    while at < len(data):
+        kind, size = np.frombuffer(data[at : at + 8], f"{order}u4", 2).tolist()
+        start = at + 8
+        if kind >> 16:  # up to four bytes of data stand within the tag
+            kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
+        if size > (len(data) - start if start == at + 8 else 4):
+            raise ValueError(f"an element of {size:,} bytes does not fit")
+        yield kind, data[start : start + size]
+        at = start + 4 if start == at + 4 else start + (size if kind == _COMPRESSED else -(-size // 8) * 8)
+
+
+def _matrix(data: memoryview, order: str) -> tuple[str, Any]:
+    """Read a matrix; returns its name and content."""
+    (_, flags), (_, shape), (_, name), *parts = _elements(data, order)
+    kind = int(np.frombuffer(flags, f"{order}u4")[0]) & 0xFF
+    shape, name = np.frombuffer(shape, f"{order}i4").tolist(), bytes(name).decode("latin-1")
+    count = math.prod(shape)
+    if min(shape) < 0:
+        raise ValueError(f"{printable(name)} has the shape {shape}")
+    if 6 <= kind <= 15:  # numbers
+        values = np.frombuffer(parts[0][1], order + _NUMBERS[parts[0][0]])
+        return name, values.reshape(shape, order="F").squeeze()
+    if kind == 4 and min(shape[:1]) <= 1:
+        encoding = _TEXTS[parts[0][0]]
+        endian = "" if encoding in ("latin-1", "utf-8") else {"<": "-le", ">": "-be"}[order]
+        return name, bytes(parts[0][1]).decode(encoding + endian)
+    fields = None
+    if kind == 2:  # a structure, whose field names all have the same length
+        (_, length), (_, names), *parts = parts
+        length, names = int(np.frombuffer(length, f"{order}i4")[0]), bytes(names)
+        fields = [names[i : i + length].split(b"\0")[0].decode("latin-1") for i in range(0, len(names), length)]
+    elif kind != 1:
+        raise ValueError(f"{printable(name)} is an array of class {kind} and shape {shape}")
+    if len(parts) != count * (1 if fields is None else len(fields)) or any(type != _MATRIX for type, _ in parts):
+        raise ValueError(f"{printable(name)} of shape {shape} has {len(parts)} parts")
+    values = [_matrix(part, order)[1] for _, part in parts]
+    if fields is None:
+        return name, values
+    rows = zip(*[iter(values)] * len(fields), strict=True)
+    return name, [dict(zip(fields, row, strict=True)) for row in rows]
+
+
+# --- files and paths ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
