@@ -4,7 +4,7 @@
 # Command:   sh recipes/starved/queue.sh <CIFAR-10> <directory of Fashion-MNIST's idx files> [<folder of results>]
 # Settings:  JOBS (2) runs at a time; OMP_NUM_THREADS (1) threads of each
 # Stop:      end the whole process group, or the runs that are under way go on
-# Hardware:  two CPU cores for about fourteen hours (docs/results/starved/README.md has the sum)
+# Hardware:  two CPU cores for about fifteen hours (docs/results/starved/README.md has the sum)
 set -u
 cifar=$1 fashion=$2 results=${3:-docs/results}
 recipes=$(dirname "$0")/..
