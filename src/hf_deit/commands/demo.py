@@ -20,7 +20,7 @@ from ..errors import UserError
 
 
 if TYPE_CHECKING:
-    from gradio import Blocks
+    from gradio import Blocks  # pyright: ignore[reportMissingImports]
     from torch import Tensor
 
     from ..evaluation.classifier import Classifier
@@ -130,7 +130,7 @@ def build_page(demo: Demo, title: str) -> Blocks:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
     try:
-        import gradio
+        import gradio  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError("the demo needs gradio, which is not installed: pip install 'hf_deit[demo]'") from error
 
@@ -211,7 +211,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def serve(page: Blocks, host: str, port: int | None, *, block: bool = True) -> str:
     """Serve a page and return its address; with `block`, only after an interruption."""
-    from gradio import themes
+    from gradio import themes  # pyright: ignore[reportMissingImports]
 
     _, address, _ = page.launch(
         server_name=host,
