@@ -25,6 +25,7 @@ COMMANDS = {
     "throughput": "images per second, parameters and memory of networks",
     "table": "run a table of the paper as a sweep",
     "convert": "a checkpoint from or to the formats of the Hub, timm and the authors",
+    "options": "every key of a recipe, as Markdown",
     "export": "a trained model as one ONNX or torch.export file",
 }
 HELP = """usage: hf-deit <command> [arguments]     (hf-deit <command> --help says more)

@@ -134,9 +134,7 @@ def main() -> None:
     """Run the targets in turn, each in a process of its own; the status is the number of those that crashed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1)
-    parser.add_argument(
-        "--examples", type=int, default=200, help="of a round; rounds follow until the time is over"
-    )
+    parser.add_argument("--examples", type=int, default=200, help="of a round; rounds follow until the time is over")
     parser.add_argument("--target", choices=TARGETS)
     options = parser.parse_args()
     if options.target:

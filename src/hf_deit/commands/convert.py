@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # 2. Build, at the size wanted
     distilled = config.use_distillation_token
     model_class = DeiTForImageClassificationWithTeacher if distilled else DeiTForImageClassification
-    model = model_class.from_pretrained(None, config=config, state_dict=weights)
+    model: Any = model_class.from_pretrained(None, config=config, state_dict=weights)
     if args.image_size is not None:
         model.resize_position_embeddings(args.image_size)
 

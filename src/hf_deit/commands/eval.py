@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
             image_size=image_size,
             trust_class_order=args.trust_class_order,
         )
-        for spec, image_size in itertools.product(args.models, args.image_size or [None])
+        for spec, image_size in itertools.product(args.models or [], args.image_size or [None])
     ]
 
     # 3. Evaluate

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -67,8 +68,8 @@ def build_stock(config: DeiTConfig) -> nn.Module:
 def build_timm(name: str, size: int | None) -> tuple[nn.Module, int]:
     """Build timm's own module at `size`, or at the architecture's own size if `size` is None."""
 
-    def classifier(**model_args) -> nn.Module:
-        pixels = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": size or 224}
+    def classifier(**model_args) -> Any:
+        pixels: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "image_size": size or 224}
         return new_classifier(f"timm:{name}", id2label=CLASSES, **pixels, model_args=model_args or None).timm_model
 
     model = classifier()
@@ -101,6 +102,6 @@ def main(argv: Sequence[str] | None = None) -> list[dict]:
     (output_dir / "throughput.json").write_text(json.dumps(report, indent=2) + "\n")
     (output_dir / "throughput.md").write_text(table)
     if len(points := tradeoff_points(rows)) > 1:
-        plot_tradeoff(points, output_dir / "tradeoff.png", device=machine["device"])
+        plot_tradeoff(points, output_dir / "tradeoff.png", device=str(machine["device"]))
     print(table)
     return rows

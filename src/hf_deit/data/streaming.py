@@ -220,7 +220,8 @@ class StreamedImages:
                 f"{self._files[file]!r}: the column {image_column!r} holds no images; expected bytes, or "
                 "bytes and path"
             )
-        return _Block(*(table.column(name) for name in fields), labels)
+        columns = [table.column(name) for name in fields]
+        return _Block(columns[0], columns[1] if len(columns) > 1 else None, labels)
 
     def _class_index(self, label: Any) -> int:
         if self._classes is None and isinstance(label, int):

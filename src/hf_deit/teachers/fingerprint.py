@@ -101,7 +101,8 @@ def _labels_and_sizes(images: Any) -> tuple[Sequence[int], list[int]]:
         for start in range(0, len(rows), 1000):  # a subset is copied out of its table
             table = rows[start : start + 1000].flatten()
             labels += table["label"].to_pylist()
-            lengths, paths = pc.binary_length(table["image.bytes"]).to_pylist(), table["image.path"].to_pylist()
+            lengths = pc.call_function("binary_length", [table["image.bytes"]]).to_pylist()
+            paths = table["image.path"].to_pylist()
             sizes += [_size_of(path) if n is None else n for n, path in zip(lengths, paths, strict=True)]
         return labels, sizes
     rows = [images[index] for index in range(len(images))]

@@ -61,7 +61,6 @@ class DistillationConfig(TrainingArguments):
 
     if TYPE_CHECKING:  # narrower than Transformers declares them, once __post_init__ has run
         output_dir: str = ""
-        warmup_epochs: float = PAPER_WARMUP_EPOCHS
 
     # Distillation
     distillation_type: str = option(
@@ -410,9 +409,10 @@ class DistillationConfig(TrainingArguments):
                 f"warmup_steps is {self.warmup_steps}; it must be a whole number of steps, or a fraction below 1"
             )
         warms_up_by_epochs = self.warmup_steps is None and self.lr_scheduler_type not in WITHOUT_WARMUP
-        if self.max_steps <= 0 and warms_up_by_epochs and self.warmup_epochs >= self.num_train_epochs:
+        warmup_epochs = self.warmup_epochs or 0
+        if self.max_steps <= 0 and warms_up_by_epochs and warmup_epochs >= self.num_train_epochs:
             raise UserError(
-                f"warmup_epochs is {self.warmup_epochs:g} and num_train_epochs is {self.num_train_epochs:g}: the run "
+                f"warmup_epochs is {warmup_epochs:g} and num_train_epochs is {self.num_train_epochs:g}: the run "
                 "would end within its warm-up; lower warmup_epochs or raise num_train_epochs"
             )
 
@@ -495,7 +495,7 @@ class DistillationConfig(TrainingArguments):
             return 0
         if self.warmup_steps is not None:
             return super().get_warmup_steps(num_training_steps)
-        return min(round(num_training_steps * self.warmup_epochs / self.num_train_epochs), num_training_steps)
+        return min(round(num_training_steps * (self.warmup_epochs or 0) / self.num_train_epochs), num_training_steps)
 
 
 # Settings that affect the weights and that the model card states in another form: batch size, learning rates, EMA.

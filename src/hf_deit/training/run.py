@@ -87,7 +87,7 @@ def banner(trainer: DistillationTrainer) -> str:
 
 
 def _why_the_warm_up_is_short(args: DistillationConfig) -> str:
-    capped = args.max_steps <= 0 and args.warmup_steps is None and args.warmup_epochs < PAPER_WARMUP_EPOCHS
+    capped = args.max_steps <= 0 and args.warmup_steps is None and (args.warmup_epochs or 0) < PAPER_WARMUP_EPOCHS
     if not capped or args.warmup_epochs != LONGEST_WARMUP * args.num_train_epochs:
         return ""
     return f" ({LONGEST_WARMUP:.0%} of a short run; the paper has {PAPER_WARMUP_EPOCHS} epochs: set warmup_epochs)"

@@ -1,24 +1,25 @@
 """The reference of all options, made from what the options say of themselves.
 
-`python -m hf_deit.options.reference` prints docs/options.md.
+`hf-deit options` prints docs/options.md.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 
 from transformers import TrainingArguments
 
 from ..arguments import ClassifierArguments, DataArguments, ModelArguments
+from ..options.stock_options import FORMER_OPTIONS, STOCK_OPTIONS
 from ..training.distillation_config import DistillationConfig
-from .stock_options import FORMER_OPTIONS, STOCK_OPTIONS
 
 
 HEAD = """# Options
 
 Every key of a recipe, and every `--key` of the command line, of `run_distill.py` and `run_teacher.py`. This page is
-printed by `python -m hf_deit.options.reference > docs/options.md`; a test compares the two.
+printed by `hf-deit options > docs/options.md`; a test compares the two.
 
 What another value of an option changes: the **views** (which pixels are shown when, and through them the weights), the
 **weights**, or only the **machine** (speed, memory, files, logs). A resumed run, a model card and a record of a
@@ -30,8 +31,9 @@ could not keep what the option promises. An option that others of the run make i
 `save_strategy: epoch`, is one warning too."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print docs/options.md."""
+    argparse.ArgumentParser(description=__doc__).parse_args(argv)
     print(options_page(), end="")
 
 
@@ -74,7 +76,3 @@ def _default(item: Field) -> str:
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *([cell.replace("|", r"\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-if __name__ == "__main__":
-    main()

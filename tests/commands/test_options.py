@@ -1,4 +1,4 @@
-"""options/reference.py: docs/options.md is what the options say of themselves, and has all of them."""
+"""commands/options.py: docs/options.md is what the options say of themselves, and has all of them."""
 
 import re
 from dataclasses import fields
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from hf_deit import DataArguments, DistillationConfig, ModelArguments
 from hf_deit.arguments import ClassifierArguments
-from hf_deit.options.reference import options_page
+from hf_deit.commands.options import options_page
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
 
 
 def test_the_page_in_docs_is_the_one_that_is_printed():
-    assert PAGE.read_text("utf-8") == options_page(), "python -m hf_deit.options.reference > docs/options.md"
+    assert PAGE.read_text("utf-8") == options_page(), "hf-deit options > docs/options.md"
 
 
 def test_every_option_has_a_row():
