@@ -1,8 +1,12 @@
-"""Kill a run, again and again: `python benchmarks/survival.py [--trials 20] [--signal KILL|TERM] [--stream]`.
+"""Kill a run, again and again: `python benchmarks/survival.py [--trials 20] [--signal KILL] [--stream] [--set ...]`.
 
 A short distillation of handwritten digits is run once to its end. Then, in each trial, the same command is killed at a
 random moment, every second time while a checkpoint is being written, and started again. The final weights, the moving
 average and the logged losses must be those of the undisturbed run, bit for bit. Exit status 1 if one is not.
+
+BOTH is SIGTERM and 0.2 seconds later SIGKILL. TWICE starts the command a second time while the first run goes on: the
+second must be refused, and then the first is killed. `--set` changes the run, for example
+`--set max_steps=22 --set save_total_limit=1 --set save_strategy=epoch`.
 
 Everything happens in processes forked from this one, which has imported what they need.
 """
@@ -31,6 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 import run_distill  # noqa: E402
 import run_teacher  # noqa: E402
+
+from hf_deit.errors import run_script  # noqa: E402
 
 
 SHORT = {
@@ -68,7 +74,7 @@ def start(main, arguments: list[str], log: Path):
         with log.open("a") as file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
-            main(arguments)
+            run_script(lambda: main(arguments))
 
     process = get_context("fork").Process(target=run)
     process.start()
@@ -83,24 +89,37 @@ def finish(main, arguments: list[str], log: Path) -> float:
     return time.perf_counter() - begin
 
 
-def strike(process, output: Path, number: signal.Signals, moment: float, in_a_save: bool) -> str:
+def strike(process, output: Path, how: str, moment: float, in_a_save: bool, again) -> str:
     """Kills at `moment`, seconds from now, or while the next checkpoint after it is written. Returns what was met."""
     until = time.perf_counter() + moment
     while process.is_alive() and time.perf_counter() < until:
         time.sleep(0.001)
     while in_a_save and process.is_alive() and not any((output / "_unfinished").glob("*/*")):
         time.sleep(0.0002)
+    if how == "TWICE" and (output / "_lock").exists():
+        second = again()
+        second.join(120)
+        if second.exitcode != 1 and process.is_alive():
+            return f"SECOND RUN ENDED WITH {second.exitcode}"
     writing = (output / "_unfinished").exists()
+    number = signal.SIGTERM if how in ("TERM", "BOTH") else signal.SIGKILL
     with suppress(ProcessLookupError):  # it has ended meanwhile
         os.kill(process.pid, number)
+        if how == "BOTH":
+            process.join(0.2)
+            os.kill(process.pid, signal.SIGKILL)
     process.join(120)
     if process.is_alive():
         process.kill()
         return "HUNG"
-    expected = -signal.SIGKILL if number == signal.SIGKILL else os.EX_TEMPFAIL
+    expected = {-signal.SIGKILL} if number == signal.SIGKILL else {os.EX_TEMPFAIL}
+    if how == "BOTH":
+        expected |= {-signal.SIGKILL}
     if process.exitcode == -signal.SIGTERM:
-        return "outside of training"
-    if process.exitcode != expected:
+        return "before it began"  # in the fork itself
+    if process.exitcode == 0 and (output / "trainer_state.json").exists():
+        return "too late"
+    if process.exitcode not in expected:
         return f"STATUS {process.exitcode}"
     return "while saving" if writing else "between saves"
 
@@ -141,13 +160,14 @@ def orphans() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
+    parser.add_argument("--signal", choices=("KILL", "TERM", "BOTH", "TWICE"), default="KILL")
+    parser.add_argument("--set", action="append", default=[], help="key=value, an option of the run")
     parser.add_argument("--stream", action="store_true", help="read the training images while training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, help="write the results here too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    number, moments = signal.Signals[f"SIG{args.signal}"], random.Random(args.seed)
+    moments = random.Random(args.seed)
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -159,6 +179,7 @@ def main() -> int:
         stream = {"streaming": True, "shuffle_buffer_size": 200} if args.stream else {}
         recipe = str(ROOT / "recipes" / "quickstart.yaml")
         arguments = [recipe, *words(**data, **SHORT, **STUDENT, **stream, teacher=teacher)]
+        arguments += words(**dict(pair.split("=", 1) for pair in args.set))
         whole, output = folder / "whole", folder / "trial"
         seconds = finish(run_distill.main, [*arguments, *words(output_dir=whole)], folder / "log")
         expected = outcome(whole)
@@ -167,13 +188,16 @@ def main() -> int:
         trials = []
         while len(trials) < args.trials:
             shutil.rmtree(output, ignore_errors=True)
-            process = start(run_distill.main, [*arguments, *words(output_dir=output)], folder / "log")
-            met = strike(process, output, number, moments.uniform(0, seconds), in_a_save=len(trials) % 2 == 1)
+            command = (run_distill.main, [*arguments, *words(output_dir=output)], folder / "log")
+            process = start(*command)
+            moment, in_a_save = moments.uniform(0, seconds), len(trials) % 2 == 1
+            met = strike(process, output, args.signal, moment, in_a_save, lambda command=command: start(*command))
             if (output / "trainer_state.json").exists():  # too late: it had ended
                 continue
             kept = sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*"))
             finish(run_distill.main, [*arguments, *words(output_dir=output)], folder / "log")
             different = differences(expected, outcome(output)) + [met] * met.isupper()
+            different += [f"left {path.name}" for path in output.glob("_*") if path.name != "_set_aside"]
             trials.append({"met": met, "last_checkpoint": kept[-1] if kept else None, "equal": not different})
             verdict = f"DIFFERENT: {different[:3]}" if different else "equal"
             print(f"{len(trials):>3}  {met:<22}last checkpoint {trials[-1]['last_checkpoint']}  {verdict}", flush=True)
@@ -182,7 +206,7 @@ def main() -> int:
 
     equal = sum(trial["equal"] for trial in trials)
     print(
-        f"SIG{args.signal}, {'streamed' if args.stream else 'map-style'}: {equal} of {len(trials)} equal bit for bit, "
+        f"{args.signal}, {'streamed' if args.stream else 'map-style'}: {equal} of {len(trials)} equal bit for bit, "
         f"{left} processes left behind"
     )
     if args.json:

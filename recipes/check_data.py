@@ -3,9 +3,8 @@
 DATA is what `dataset_name` can be (a directory, a registered name, a Hub id), or a recipe of run_distill.py.
 """
 
-from hf_deit.commands.check import main
-from hf_deit.errors import run_script
+from hf_deit.__main__ import run_command
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command("check")

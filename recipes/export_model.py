@@ -1,8 +1,7 @@
 """Export a trained model: `python recipes/export_model.py SRC DST`, or `hf-deit export`."""
 
-from hf_deit.commands.export import main
-from hf_deit.errors import run_script
+from hf_deit.__main__ import run_command
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command("export")

@@ -1,8 +1,7 @@
 """Analyse trained models: `python recipes/run_analysis.py --models a,b [--key value ...]`, or `hf-deit analyze`."""
 
-from hf_deit.commands.analyze import main
-from hf_deit.errors import run_script
+from hf_deit.__main__ import run_command
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command("analyze")

@@ -3,9 +3,8 @@
 Without a recipe it runs quickstart.yaml: offline, on a CPU, the teacher included. `--help` lists the keys.
 """
 
-from hf_deit.commands.distill import main
-from hf_deit.errors import run_script
+from hf_deit.__main__ import run_command
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command("distill")

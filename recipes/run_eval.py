@@ -1,8 +1,7 @@
 """Evaluate classifiers: `accelerate launch recipes/run_eval.py --models a,b [--key value ...]`, or `hf-deit eval`."""
 
-from hf_deit.commands.eval import main
-from hf_deit.errors import run_script
+from hf_deit.__main__ import run_command
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command("eval")

@@ -1,8 +1,7 @@
 """Run a table of the paper: `python recipes/run_table.py <table> ... [--scale paper|small]`, or `hf-deit table`."""
 
-from hf_deit.commands.table import main
-from hf_deit.errors import run_script
+from hf_deit.__main__ import run_command
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command("table")

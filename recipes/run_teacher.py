@@ -4,9 +4,8 @@ Any timm or Transformers classifier, from scratch or fine-tuned, on the same dat
 student. What it leaves in `output_dir` is what `teacher:` of run_distill.py takes. `--help` lists the keys.
 """
 
-from hf_deit.commands.teacher import main
-from hf_deit.errors import run_script
+from hf_deit.__main__ import run_command
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command("teacher")

@@ -3,8 +3,8 @@
 #   sbatch --nodes 2 recipes/slurm.sh recipes/run_distill.py recipes/imagenet/deit_base_distilled.yaml --per_device_train_batch_size 64
 #
 # srun starts one process per GPU, without accelerate or torchrun in between: so SIGTERM (preemption, or five minutes
-# before the time limit) reaches the run, which saves and exits with status 75, "start me again"; and the status reaches
-# this script, which puts the job back into the queue. The run then goes on from its last checkpoint. Any other status is final.
+# before the time limit) reaches the run, which saves and exits with status 75, "start me again", from its first import to
+# its last upload; and the status reaches this script, which puts the job back into the queue. The run then goes on from its last checkpoint. Any other status is final.
 #
 #SBATCH --job-name=deit
 #SBATCH --nodes=1

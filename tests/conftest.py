@@ -1,11 +1,9 @@
 """What all tests share: no network, a cache of their own, one thread each, and the optional real images."""
 
 import atexit
-import importlib
 import os
 import shutil
 import socket
-import sys
 import tempfile
 from pathlib import Path
 
@@ -96,15 +94,6 @@ def hub():
 
     with HubServer() as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def import_script():
-    """`import_script("run_distill")`: a script as a module, with its folder on the path as when it is started."""
-    folder = str(ROOT / "recipes")
-    sys.path.insert(0, folder)
-    yield importlib.import_module
-    sys.path.remove(folder)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Bad input ends a script in one line that says what is wrong and how to fix it, with exit status 1.
 
+import importlib
+
 Through the scripts' own `main`, so that nothing on the way swallows or rewords it. What a single module refuses is
 tested with that module; hostile input is in test_security.py, numbers that go wrong while training in test_health.py.
 """
@@ -22,8 +24,8 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 @pytest.fixture(scope="module")
-def script(import_script):
-    return import_script("run_distill")
+def script():
+    return importlib.import_module("hf_deit.commands.distill")
 
 
 @pytest.fixture(scope="module")

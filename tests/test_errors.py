@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,8 +114,9 @@ def test_what_a_library_rejects_is_the_users_and_what_ours_breaks_is_not(tmp_pat
         (["--fsdp", "full_shard"], "fsdp only works in distributed training"),
     ],
 )
-def test_an_option_that_cannot_work_here_is_one_line(import_script, tmp_path, words, message):
-    script = import_script("run_distill")
+def test_an_option_that_cannot_work_here_is_one_line(tmp_path, words, message):
+    from hf_deit.commands import distill as script
+
     short = [word for name, value in SHORT.items() for word in (f"--{name}", str(value))]
     words = [*short, "--distillation_type", "label", "--output_dir", str(tmp_path), *words]
     with pytest.raises(SystemExit, match=f"^error: an option of this run was rejected: .*{message}") as end:
@@ -150,3 +152,106 @@ def test_nothing_that_is_printed_carries_control_characters(capsys):
 @pytest.mark.parametrize("text", ["plain", "模型 é", "a\u200db", "x\u3000y\xa0z"])
 def test_words_of_any_language_are_printed_as_they_are(text):
     assert printable(text) == text
+
+
+SCRIPT = """
+import os, signal, sys, time
+from hf_deit.errors import run_script
+
+def main():
+    print("begun", flush=True)
+    {body}
+
+run_script(main)
+print("unreachable" if {ends} else "over")
+"""
+
+
+def started(body, ends=True, **options):
+    program = [sys.executable, "-c", SCRIPT.format(body=body, ends=ends)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(program, **(pipes | options))
+
+
+@pytest.mark.parametrize(
+    "number, status, line",
+    [
+        (signal.SIGTERM, 75, "stopped by SIGTERM. Start the same command again"),
+        (
+            signal.SIGINT,
+            130,
+            "interrupted by Ctrl-C; the same command resumes a training run from its last checkpoint",
+        ),
+    ],
+)
+def test_a_signal_at_any_moment_is_one_line(number, status, line):
+    with started("time.sleep(60)") as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        assert process.wait(60) == status and process.stderr.read() == line + "\n" and not process.stdout.read()
+
+
+def test_a_second_sigterm_does_not_interrupt_what_saves():
+    body = "try: os.kill(os.getpid(), 15)\n    finally: os.kill(os.getpid(), 15); print('saved', flush=True)"
+    with started(body) as process:
+        assert process.wait(60) == 75 and process.stdout.read() == "begun\nsaved\n"
+
+
+def test_output_that_nobody_reads_is_one_line():
+    with started("while True: print('line', flush=True)") as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert re.fullmatch(
+            r"error: nobody reads the output any more, as with `\| head`: [^\n]*\n", process.stderr.read()
+        )
+
+
+def test_a_directory_that_is_gone_is_one_line(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    program = f"import os; os.rmdir({str(folder)!r}); " + "from hf_deit.errors import run_script; run_script(print)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == (
+        "error: the current directory no longer exists: change to another one\n"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_name_that_the_terminal_cannot_show_is_escaped(encoding):
+    body = "print('caf\\xe9 \\u2713 \\udcff')"
+    with started(body, ends=False, env=os.environ | {"PYTHONIOENCODING": encoding}, text=False) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and not err and b"\\udcff" in out and b"over" in out
+
+
+def test_places_that_cannot_be_written_are_one_line():
+    with started("raise OSError(30, 'Read-only file system', '/media/cache')") as process:
+        assert process.wait(60) == 1
+        assert re.fullmatch(r"error: '/media/cache' cannot be used: Read-only [^\n]*\n", process.stderr.read())
+
+
+LAUNCHER = """
+import os, subprocess, sys
+words = [sys.executable, "-c", sys.argv[2], *sys.argv[3:]]
+subprocess.Popen(words, env=os.environ | {sys.argv[1]: "1"}).wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux tells a process that its parent died")
+@pytest.mark.parametrize("name, ends", [("accelerate", True), ("torchrun", True), ("shell", False)])
+def test_no_run_outlives_its_launcher(tmp_path, name, ends):
+    """Nohup and setsid leave a run without its shell on purpose, also with a launcher's variables around."""
+    program = SCRIPT.format(body="print(os.getpid(), flush=True); time.sleep(60)", ends=True)
+    (tmp_path / name).write_text(LAUNCHER)
+    words = [sys.executable, str(tmp_path / name), "TORCHELASTIC_RUN_ID", program]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout.readline() == "begun\n"
+        run = int(launcher.stdout.readline())
+        launcher.kill()
+        launcher.wait()
+        if ends:
+            assert launcher.stderr.read() == "stopped by SIGTERM. Start the same command again\n"  # to its end
+        else:
+            time.sleep(1)
+            os.kill(run, signal.SIGKILL)  # it is there

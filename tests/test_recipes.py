@@ -59,9 +59,9 @@ def read(path):
 
 
 @pytest.fixture(scope="module")
-def scripts(import_script):
+def scripts():
     """The two that train."""
-    return import_script("run_distill"), import_script("run_teacher")
+    return distill, teacher
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """What a stranger could have written cannot run code or write outside output_dir: checkpoints, recipes, images, data,
 names. Each attack is refused with a message or comes to nothing.
 
+import importlib
+
 Where code would run, the payload creates a file, so a test that finds none has seen the attack fail. That a pickle in
 a `.pth` file is refused is in test_classifiers.py, what a card may say of this machine in test_model_card.py.
 """
@@ -72,8 +74,8 @@ class Payload:
 
 
 @pytest.fixture(scope="module")
-def script(import_script):
-    return import_script("run_distill")
+def script():
+    return importlib.import_module("hf_deit.commands.distill")
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,14 @@ def main() -> None:
     run_script(_run)
 
 
+def run_command(name: str) -> None:
+    """Run one command with the arguments of this process, as the scripts of `recipes/` do.
+
+    The command's module is imported here, so that SIGTERM and Ctrl-C are answered during its slow imports too.
+    """
+    run_script(lambda: import_module(f".commands.{name}", __package__).main())
+
+
 def _run() -> None:
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):

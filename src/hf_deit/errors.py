@@ -1,4 +1,7 @@
-"""Errors that the user can fix, and the way a script ends."""
+"""Errors that the user can fix, and the way a script ends: one line, whatever ended it.
+
+Nothing here imports a library, so that a script can be under `run_script` before it imports any.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import errno
 import logging
 import os
 import re
+import select
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -24,6 +30,20 @@ class UserError(ValueError):
 
 class NonFiniteError(UserError, FloatingPointError):
     """A loss or a gradient is not finite; the weights are those before the step that produced it."""
+
+
+# EX_TEMPFAIL of sysexits.h: temporary failure, "the user is invited to retry".
+EXIT_STATUS = 75
+# What the shell reports of a program that Ctrl-C ended.
+INTERRUPTED_STATUS = 128 + signal.SIGINT
+
+
+class Preempted(SystemExit):
+    """Exit with status 75, raised after SIGTERM; a program that calls the trainer may catch this exception."""
+
+    def __init__(self, message: str):
+        super().__init__(EXIT_STATUS)
+        self.message = message
 
 
 @contextmanager
@@ -56,14 +76,23 @@ def run_script(main: Callable[[], object]) -> None:
 
     A failure of the machine (a full disk, a loader worker that is killed) is reported in the same way. An exception of
     a loader worker is treated like an exception of this process. No line of the log carries control characters.
+    SIGTERM, also that of a launcher that dies, ends the script with status 75, and Ctrl-C with status 130; each prints
+    one line. `main` should import what takes long.
     """
     logging.setLogRecordFactory(_PrintableRecord)
     try:
-        main()
+        with sigterm_raises():
+            _prepare_process()
+            main()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except SystemExit as error:
         if message := getattr(error, "message", None):
-            print(message, file=sys.stderr, flush=True)
+            _say(message)
         raise
+    except KeyboardInterrupt:
+        _say("interrupted by Ctrl-C; the same command resumes a training run from its last checkpoint")
+        sys.exit(INTERRUPTED_STATUS)
     except Exception as error:
         # PyTorch reports the death of a worker in a signal handler, which raises wherever it interrupts: also here.
         with suppress(RuntimeError):
@@ -71,7 +100,98 @@ def run_script(main: Callable[[], object]) -> None:
         message = _message_of(error) if isinstance(error, UserError) else _done_by_the_machine(error)
         if message is None:
             raise
-        sys.exit(f"error: {printable(message)}")
+        _drop_what_nobody_reads()
+        sys.exit(1 if getattr(error, "said_by_main_process", False) else f"error: {printable(message)}")
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise [`Preempted`] inside the `with`. A handler that somebody else has set stays in place.
+
+    At the end of the `with` of a script nothing is left to save: a later SIGTERM does not change how the script ends.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, _ignore):
+        yield
+        return
+    signal.signal(signal.SIGTERM, _raise_preempted)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, _ignore)
+
+
+def _raise_preempted(number, frame) -> None:
+    signal.signal(signal.SIGTERM, _ignore)  # a second one must not interrupt what ends the run
+    raise Preempted("stopped by SIGTERM. Start the same command again")
+
+
+def _ignore(number, frame) -> None:
+    pass
+
+
+def _prepare_process() -> None:
+    """Make sure that the process can print and has a directory, and that it does not outlive its launcher."""
+    streams: Any = (sys.stdout, sys.stderr)
+    for stream in streams:
+        if getattr(stream, "errors", None) == "strict":  # a name that the terminal cannot show is escaped
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError("the current directory no longer exists: change to another one") from error
+    _watch_launcher()
+
+
+# Variables that only torchrun and `accelerate launch` set, for the processes that they start.
+LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
+LAUNCHER = re.compile(
+    rb"(.*/)?(accelerate|accelerate-launch|torchrun)|accelerate\.commands\..*|torch\.distributed\..*"
+)
+PR_SET_PDEATHSIG = 1
+
+
+def _watch_launcher() -> None:
+    """Let Linux send SIGTERM to this process when the launcher that started it dies, however it dies.
+
+    Any other parent, such as a shell under nohup or setsid, may end before the run.
+    """
+    if not (sys.platform == "linux" and any(name in os.environ for name in LAUNCHER_VARIABLES)):
+        return
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")[:4]
+    except OSError:  # it died a moment ago
+        words = []
+    is_launcher = any(LAUNCHER.fullmatch(word) for word in words)
+    if is_launcher:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent or (parent == 1 and not is_launcher):  # it died before it was watched
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say(message: str) -> None:
+    _drop_what_nobody_reads()
+    print(message, file=sys.stderr, flush=True)
+
+
+def _drop_what_nobody_reads() -> None:
+    """Send a stream whose reader has gone to nowhere: the interpreter's end would complain of what is left in it."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and _nobody_reads(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _nobody_reads(stream) -> bool:
+    """Whether the stream is a pipe whose reader has gone, as in `| head -1`."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # closed, no file, or a system without poll
+        return False
 
 
 def _message_of(error: UserError) -> str:
@@ -86,10 +206,17 @@ def _message_of(error: UserError) -> str:
     return text[last_frame.end() :].partition(": ")[2].strip()
 
 
+FAILURES_OF_STORAGE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EIO, errno.ESTALE)
+
+
 def _done_by_the_machine(error: Exception) -> str | None:
     text, again = str(error), "Start the same command again to resume from the last checkpoint"
     if os.strerror(errno.ENOSPC) in text:  # safetensors raises its own exception type
         return f"the disk is full ({text.splitlines()[0]}). Free some space. {again}"
+    if isinstance(error, BrokenPipeError) and any(map(_nobody_reads, filter(None, (sys.stdout, sys.stderr)))):
+        return f"nobody reads the output any more, as with `| head`: write it to a file instead. {again}"
+    if isinstance(error, OSError) and error.errno in FAILURES_OF_STORAGE and error.filename is not None:
+        return f"{str(error.filename)!r} cannot be used: {error.strerror}. {again}"
     # The death of a worker is noticed by PyTorch, or when this process takes a result from the worker's queue.
     dies = re.match(r"DataLoader worker \(pid.*", text)
     files = [Path(frame.filename).parts[-2:] for frame in traceback.extract_tb(error.__traceback__)]

@@ -1,5 +1,7 @@
 """A stock model on disk, images for it, and run_eval.py."""
 
+import importlib
+
 import pytest
 from support.evaluation import ID2LABEL, SHAPE, drawn, save
 from transformers.models.deit.configuration_deit import DeiTConfig as StockConfig
@@ -19,8 +21,8 @@ def images(tiny_images):
 
 
 @pytest.fixture(scope="module")
-def script(import_script):
-    return import_script("run_eval")
+def script():
+    return importlib.import_module("hf_deit.commands.eval")
 
 
 @pytest.fixture

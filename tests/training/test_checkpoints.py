@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from hf_deit.training import checkpoints
 from hf_deit.training.checkpoints import (
     CheckpointError,
     checkpoint_to_resume,
+    claim_output_dir,
     committed,
     last_good_checkpoint,
     verify_checkpoint,
@@ -134,3 +136,18 @@ def test_checkpoints_of_stock_transformers_are_accepted_with_a_warning(tmp_path,
 def test_the_manifest_is_plain_json(tmp_path):
     content = json.loads((write(tmp_path, 8) / "manifest.json").read_text())
     assert content["files"]["shards/optimizer.pt"]["bytes"] == 7
+
+
+def test_a_directory_is_claimed_before_anything_is_loaded(tmp_path):
+    def options(name, **fields):
+        defaults = {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+        return SimpleNamespace(output_dir=str(tmp_path / name), **(defaults | fields))
+
+    with pytest.raises(CheckpointError, match="is not a name in UTF-8"):
+        claim_output_dir(options("caf\udce9"))
+    claim_output_dir(options("run"))
+    (tmp_path / "run" / "trainer_state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds a finished run"):
+        claim_output_dir(options("run"))
+    claim_output_dir(options("run", overwrite_output_dir=True))
+    claim_output_dir(options("run", resume_from_checkpoint="true"))

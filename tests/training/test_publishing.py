@@ -36,7 +36,8 @@ RECIPE = {
 }
 # The trainer of run_distill.py, held in the hand: `new(**overrides)`.
 PIECES = """
-    import run_distill, time
+    import time
+    from hf_deit.commands import distill as run_distill
     from hf_deit import DistillationTrainer
     time.sleep = lambda seconds: None  # the client's patience between two attempts
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..arguments import DataArguments, ModelArguments
 from ..errors import refusals_of_libraries
 from ..options.recipe import RECIPES, find_recipe, parse_recipe
+from ..training.checkpoints import claim_output_dir
 from ..training.distillation_config import DistillationConfig
 from .teacher import evaluate_nothing, find_or_train_teacher
 
@@ -47,8 +48,10 @@ def build_trainer(argv: Sequence[str], *, command: Sequence[str]) -> Distillatio
     """
     # 1. The settings
     # A checkpoint has an architecture of its own, so that of the quickstart's student does not apply to it.
-    architecture = {"model_name_or_path": {item.name for item in fields(ModelArguments)} - {"teacher_recipe"}}
-    model_args, data_args, training_args = parse_recipe(KINDS, argv, RECIPES / "quickstart.yaml", architecture)
+    replaced = {"model_name_or_path": {item.name for item in fields(ModelArguments)} - {"teacher_recipe"}}
+    replaced["output_dir"] = {"overwrite_output_dir"}  # only the quickstart's own directory may be overwritten
+    model_args, data_args, training_args = parse_recipe(KINDS, argv, RECIPES / "quickstart.yaml", replaced)
+    claim_output_dir(training_args)
     # Slow imports come after parsing, so that a wrong command line is reported at once.
     from transformers import set_seed
 

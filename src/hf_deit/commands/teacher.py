@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..arguments import ClassifierArguments, DataArguments
 from ..errors import UserError
 from ..options.recipe import parse_recipe
+from ..training.checkpoints import claim_output_dir, is_finished
 from ..training.distillation_config import DistillationConfig
 
 
@@ -40,8 +41,6 @@ def find_or_train_teacher(
     recipe: Path, data_args: DataArguments, *, command: Sequence[str], summary: DatasetSummary | None = None
 ) -> str:
     """Return the recipe's output_dir; if it holds no finished run, first train the teacher on the student's data."""
-    from ..training.checkpoints import is_finished
-
     model_args, _, training_args = parse_recipe(KINDS, [str(recipe)])
     if not is_finished(training_args.output_dir):
         train_teacher(model_args, data_args, training_args, command=command, summary=summary)
@@ -57,6 +56,7 @@ def train_teacher(
     summary: DatasetSummary | None = None,
 ) -> dict[str, float]:
     """Train the classifier on labels only (`distillation_type` 'none'); `summary` is set if it was printed already."""
+    claim_output_dir(training_args)
     # Slow imports come after parsing, so that a wrong command line is reported at once.
     from transformers import set_seed
 

@@ -116,7 +116,6 @@ FORMER_OPTIONS = {
     "adafactor": "set optim: adafactor",
     "group_by_length": "leave it out: images have no length",
     "past_index": "leave it out: a DeiT has no states of earlier inputs",
-    "overwrite_output_dir": "leave it out: an unfinished run is resumed, a finished one is never overwritten",
     "save_safetensors": "leave it out: weights are always saved as safetensors",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
     "push_to_hub_model_id": "set hub_model_id",

@@ -210,6 +210,12 @@ class DistillationConfig(TrainingArguments):
     )
 
     # The run
+    overwrite_output_dir: bool = option(
+        False,
+        "Replace a finished run in output_dir. An unfinished one is resumed all the same. Default: refuse.",
+        affects="machine",
+        heading="output",
+    )
     eval_strategy: str = option(
         "epoch", "When to evaluate: 'epoch', 'steps' or 'no'.", affects="machine", heading="output"
     )

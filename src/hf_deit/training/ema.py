@@ -112,7 +112,8 @@ class ExponentialMovingAverage(TrainerCallback):
         A checkpoint without an average is accepted with a warning: the average then starts from its weights.
 
         Raises:
-            ValueError: when training starts, the names or shapes in the file are not those of the model.
+            ValueError: the file is not what `save` writes; when training starts, its names or shapes are not those of
+                the model.
         """
         path = Path(checkpoint_dir) / EMA_NAME
         if not path.exists():
@@ -122,8 +123,14 @@ class ExponentialMovingAverage(TrainerCallback):
             )
             return
         with safe_open(path, framework="pt") as file:
-            self._resumed = {name: file.get_tensor(name) for name in file.keys()}
-            self.num_updates = int(file.metadata()["num_updates"])
+            resumed = {name: file.get_tensor(name) for name in file.keys()}
+            num_updates = (file.metadata() or {}).get("num_updates", "")
+        if not (num_updates.isascii() and num_updates.isdigit()):
+            raise UserError(f"{EMA_NAME} has the number of updates {num_updates[:40]!r}, expected an integer")
+        for name, average in resumed.items():
+            if average.dtype != torch.float32 or not average.isfinite().all():
+                raise UserError(f"{EMA_NAME} holds {name!a}, which is not finite float32 ({average.dtype})")
+        self._resumed, self.num_updates = resumed, int(num_updates)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

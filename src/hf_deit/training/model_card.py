@@ -57,6 +57,7 @@ class CardFacts:
         held_out: whether none of the evaluation images is known to be a training image.
         trained_on: evaluation images that are training images too.
         data: sentences about the images, see [`DatasetSummary.sentences`].
+        taught_before: teachers and training sets, by name, of the earlier part of a run that resumed with others.
         distillation_type: as in `DistillationConfig`.
         teacher: specs of the teachers, joined by " + ".
         teacher_sha256: fingerprint of the teacher's weights, 16 hexadecimal digits.
@@ -94,6 +95,7 @@ class CardFacts:
     num_train_images: int
     num_eval_images: int
     bad_images: int = 0
+    taught_before: Sequence[Mapping[str, str]] = ()
     distillation_type: str
     teacher: str | None = None
     teacher_sha256: str | None = None
@@ -121,6 +123,10 @@ def build_model_card(facts: CardFacts) -> ModelCard:
         dataset=as_text(public_name(facts.dataset)),
         teacher=as_text(public_name(facts.teacher)),
         base_model=as_text(public_name(facts.base_model)),
+        taught_before=[
+            "; ".join(f"{as_text(name)} {as_text(public_name(value))}" for name, value in entry.items())
+            for entry in facts.taught_before
+        ],
         fused_unlike_stock=facts.head_fusion not in (None, "logits"),
         data=list(map(as_text, facts.data)),
         loss=LOSSES[facts.distillation_type],

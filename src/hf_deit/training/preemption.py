@@ -17,63 +17,79 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from ..errors import EXIT_STATUS as EXIT_STATUS
+from ..errors import Preempted as Preempted
 
-# EX_TEMPFAIL of sysexits.h: temporary failure, "the user is invited to retry".
-EXIT_STATUS = 75
+
 # Seconds that a data loader worker may outlive its loader when the loader is killed.
 SECONDS_TO_OUTLIVE_THE_LOADER = 5
-
-
-class Preempted(SystemExit):
-    """Exit with status 75, raised after SIGTERM; a program that calls the trainer may catch this exception."""
-
-    def __init__(self, message: str):
-        super().__init__(EXIT_STATUS)
-        self.message = message
 
 
 class Preemption(TrainerCallback):
     """Callback that makes the Trainer save and stop after any rank received SIGTERM.
 
     All ranks stop at the same step: the votes of each step are reduced while the next step runs, so no device waits.
+    The run evaluates, logs and saves no more than it would at that step without SIGTERM, except for one checkpoint.
 
     Attributes:
         agreed: True if the run is stopping, or has stopped, because of SIGTERM.
+        received: True if this rank received SIGTERM in training.
     """
 
     def __init__(self):
         self.agreed = False
-        self._received = False
+        self.received = False
+        self._saved_step = -1
         self._votes: tuple[torch.Tensor, dist.Work] | None = None
         self._handler_before: Callable | int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.agreed = self._received = False
+        self.agreed = self.received = False
         self._votes = None
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # Python allows signal handlers in the main thread only
-            self._handler_before = signal.signal(signal.SIGTERM, self._receive)
+        self._saved_step = -1
+        self.begin()
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.world_size > 1:
             self.agreed = self._previous_vote()
-            votes = torch.tensor(float(self._received), device=args.device)
+            votes = torch.tensor(float(self.received), device=args.device)
             self._votes = votes, dist.all_reduce(votes, op=dist.ReduceOp.MAX, async_op=True)
         else:
-            self.agreed = self._received
+            self.agreed = self.received
         if self.agreed:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            # At the end of an epoch its evaluation comes first, so that a resumed run need not make it.
+            control.should_save = not _ends_an_epoch(state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved_step = state.global_step
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # Transformers comes here whenever training stops, as if the epoch were over.
+        if self.agreed:
+            if not _ends_an_epoch(state):
+                control.should_evaluate = control.should_log = False
+            control.should_save = self._saved_step != state.global_step
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._votes is not None:
             self._votes[1].wait()
+        self.end()
+
+    def begin(self) -> None:
+        """Note SIGTERM from now on, instead of what it did before."""
+        in_main_thread = threading.current_thread() is threading.main_thread()  # no other thread may set handlers
+        if in_main_thread and self._handler_before is None:
+            self._handler_before = signal.signal(signal.SIGTERM, self._receive)
+
+    def end(self) -> None:
+        """Give SIGTERM back to the handler before; also after an exception, when Transformers ends no training."""
         if self._handler_before is not None:
             signal.signal(signal.SIGTERM, self._handler_before)
             self._handler_before = None
 
     def _receive(self, number, frame) -> None:
-        self._received = True
+        self.received = True
 
     def _previous_vote(self) -> bool:
         if self._votes is None:
@@ -81,6 +97,11 @@ class Preemption(TrainerCallback):
         votes, work = self._votes
         work.wait()
         return bool(votes.item())
+
+
+def _ends_an_epoch(state) -> bool:
+    """Whether an undisturbed run would end its epoch with this step: the epoch, or the whole run, is over."""
+    return state.epoch > 0 and (float(state.epoch).is_integer() or state.global_step >= state.max_steps)
 
 
 def outlive_sigterm(worker_init_fn: Callable[[int], None] | None) -> Callable[[int], None]:
@@ -92,6 +113,7 @@ def outlive_sigterm(worker_init_fn: Callable[[int], None] | None) -> Callable[[i
 
 
 def _start_worker(worker_init_fn: Callable[[int], None] | None, worker_id: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the loader ends its workers
     if worker_init_fn is not None:
         worker_init_fn(worker_id)
     if hasattr(signal, "sigtimedwait"):  # macOS has neither sigtimedwait nor Slurm

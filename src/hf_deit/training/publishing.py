@@ -6,6 +6,7 @@ saves the model before any upload can fail, and keeps the token out of every fil
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import shlex
@@ -20,11 +21,12 @@ from huggingface_hub import auth_check
 from transformers import TrainerCallback
 
 from .. import __version__
-from ..arguments import DataArguments
+from ..arguments import DataArguments, names_affecting
 from ..data.registry import REGISTRY
 from ..data.summary import DatasetSummary
 from ..errors import UserError
 from ..models.configuration_deit import DeiTConfig
+from ..teachers.fingerprint import fingerprint_of_images
 from ..teachers.teacher_outputs import TeacherOutputs
 from .distillation_config import (
     BASE_BATCH_SIZE,
@@ -71,6 +73,7 @@ class PublishingTrainer(ResumableTrainer):
         self.data_args = data_args or DataArguments(dataset_name=None)  # pyright: ignore[reportArgumentType]
         self.command = command
         self.teacher: TeacherOutputs | None = None
+        self._digests: dict[int, str] = {}
         self.accuracy: dict[str, float] = {}
         self.teacher_accuracy: dict[str, float] = {}
         self.num_model_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -87,7 +90,41 @@ class PublishingTrainer(ResumableTrainer):
         """
         if self.is_world_process_zero():
             card = build_model_card(self._card_facts(model_name, license, tags))
-            Path(self.args.output_dir, "README.md").write_text(f"{card}\n", encoding="utf-8")
+            readme = Path(self.args.output_dir, "README.md")
+            readme.write_text(f"{card}\n", encoding="utf-8", errors="backslashreplace")  # names need not be UTF-8
+
+    def _facts_of_run(self) -> dict:
+        """Add the teacher, the images, the options that choose the images, and what taught the weights before.
+
+        The directory of the images is left out, so that they may be moved.
+        """
+        taught_by = self._taught_by()
+        data: dict[str, object] = {
+            "training images": taught_by["training images"],
+            "evaluation images": self._images_of(self.eval_dataset),
+        }
+        names = set(names_affecting(DataArguments, "views", "weights")) - {"dataset_name", "data_dir"}
+        data |= {name: getattr(self.data_args, name) for name in sorted(names)}
+        history = self.history if taught_by in self.history else [*self.history, taught_by]
+        facts = {"data": data, "teacher": {"teacher": taught_by["teacher"]}, "history": history}
+        return super()._facts_of_run() | json.loads(json.dumps(facts, default=str))
+
+    def _taught_by(self) -> dict[str, str]:
+        """Return the names of the training set and the teacher, and what tells them from others of the same name."""
+        return {
+            "dataset": Path(self.data_args.dataset_name or "").name or "none named",
+            "training images": self._images_of(self.train_dataset),
+            "teacher": f"{self.teacher.name} ({self.teacher.sha256})" if self.teacher is not None else "none",
+        }
+
+    def _images_of(self, dataset) -> str:
+        """Return the number of images and a digest of them and their labels, computed once for each dataset."""
+        images = getattr(dataset, "images", None)
+        if images is None:
+            return "not known"
+        if id(dataset) not in self._digests:
+            self._digests[id(dataset)] = f"{len(images):,} images ({fingerprint_of_images(images)})"
+        return self._digests[id(dataset)]
 
     def _card_facts(self, model_name: str | None, license: str, tags: Sequence[str]) -> CardFacts:
         args, config, data = self.args, self.model.config, self.data_args
@@ -121,6 +158,7 @@ class PublishingTrainer(ResumableTrainer):
             **self._facts_of_evaluation_images(),
             num_train_images=len(self.train_dataset or ()),
             num_eval_images=len(self.eval_dataset or ()),
+            taught_before=[entry for entry in self.history if entry != self._taught_by()],
             bad_images=len(self.bad_images) if self.train_dataset is not None else 0,
             distillation_type=args.distillation_type,
             **teacher,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from transformers import SchedulerType
 
-from ..errors import printable
+from ..errors import UserError, printable
 from ..plots.run import plot_run
 from .distillation_config import LONGEST_WARMUP, PAPER_WARMUP_EPOCHS, DistillationConfig
 
@@ -22,23 +22,34 @@ def train_and_save(trainer: DistillationTrainer) -> dict[str, float]:
 
     The files are model.safetensors, config.json, preprocessor_config.json, README.md (the model card),
     all_results.json, trainer_state.json and report.png. An unfinished run in `output_dir` resumes from its last
-    complete checkpoint. With `push_to_hub` the files are uploaded to the Hub at the end.
+    complete checkpoint. With `push_to_hub` the files are uploaded to the Hub at the end. After SIGTERM the run can be
+    resumed at any moment until then.
 
     Returns:
         The content of all_results.json: Trainer's names; `eval_top1` and so on are fractions in [0, 1].
 
     Raises:
-        ValueError: the upload failed; all other work is done.
+        ValueError: `output_dir` holds a finished run or is in use by another; the upload failed, and all other work is
+            done.
+        Preempted: the run received SIGTERM and is saved.
     """
-    if trainer.is_world_process_zero():
-        print(banner(trainer), flush=True)
-    train_metrics = trainer.train(trainer.args.resume_from_checkpoint or "auto").metrics
+    with trainer.only_run():
+        if trainer.is_world_process_zero():
+            print(banner(trainer), flush=True)
+        train_metrics = trainer.train(trainer.args.resume_from_checkpoint or "auto").metrics
+        with trainer.saved_on_sigterm():
+            return _evaluate_and_save(trainer, train_metrics)
+
+
+def _evaluate_and_save(trainer: DistillationTrainer, train_metrics: dict[str, float]) -> dict[str, float]:
     trainer.save_model(_internal_call=True)  # _internal_call: no upload before there are results
     if trainer.bad_images:
         train_metrics["bad_images"] = len(trainer.bad_images)
     trainer.save_metrics("train", train_metrics)
     evaluates = trainer.eval_dataset is not None
+    trainer.stop_if_preempted()
     metrics = trainer.evaluate() if evaluates else {}
+    trainer.stop_if_preempted()
     if evaluates and trainer.teacher is not None and trainer.teacher.classifier is not None:
         metrics |= trainer.evaluate_teacher()
     if evaluates:
@@ -52,12 +63,17 @@ def train_and_save(trainer: DistillationTrainer) -> dict[str, float]:
             teacher_top1=metrics.get("teacher_top1"),
             held_out=held_out,
         )
+    trainer.stop_if_preempted()
+    if trainer.args.push_to_hub:
+        try:
+            trainer.push_to_hub()
+        except UserError:  # all other work is done, and the message says how to upload it
+            trainer.save_state()
+            raise
     trainer.save_state()  # last: trainer_state.json marks the run as finished
     if trainer.is_world_process_zero():
         table = accuracy_table(metrics, held_out) if metrics else "nothing was evaluated"
         print(table, f"All files of the run are in {trainer.args.output_dir}", sep="\n", flush=True)
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()  # a launcher ends all processes soon after the first one ends
     return train_metrics | metrics
 
