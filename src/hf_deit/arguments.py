@@ -84,14 +84,14 @@ class DataArguments:
     )
     train_split: str | None = option(
         None,
-        "Split to train on, or a slice such as 'train[:80%]'; join several with '+'. Default: the registry's split, "
+        "Split to train on, or a slice such as 'train[:500]'; join several with '+'. Default: the registry's split, "
         "else 'train'.",
         affects="views",
         heading="data",
     )
     eval_split: str | None = option(
         None,
-        "Split to evaluate on, or a slice such as 'train[80%:]'; join several with '+'. Default: the registry's "
+        "Split to evaluate on, or a slice such as 'train[-500:]'; join several with '+'. Default: the registry's "
         "split, else validation, val, dev, test, ...; if there is none, see eval_fraction.",
         affects="machine",
         heading="data",
