@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..files import MEBIBYTE, read_file
 
 
-# How much of the images is part of the fingerprint beside their sizes, and of a stream how many images.
+# How much of the images is part of the fingerprint beside their sizes; of a larger stream this number of images.
 HASHED_BYTES = 256 * MEBIBYTE
 SAMPLED_IMAGES = 8
 
@@ -76,15 +76,18 @@ def fingerprint_of_images(images: Any) -> str:
     """Return 16 hexadecimal digits that depend on every label, the order, and every encoded image.
 
     Of each image the number of bytes counts, and the bytes themselves of images spread evenly over the dataset, up to
-    `HASHED_BYTES`: of a small set all images. Of a stream, whose images would have to be downloaded, the stored size
-    of each row group takes the place of the single sizes, and the bytes of 8 images count.
+    `HASHED_BYTES`: of a small set all images. Of a stream that is larger, whose images would have to be downloaded,
+    the bytes of 8 images count, and the stored size of each row group in place of the single sizes.
     """
     if hasattr(images, "block_sizes"):
         images = images.take(len(images))  # a copy, so that the row groups read here are not kept
-        digest = hashlib.sha256(json.dumps([images.stored_labels(), images.stored_sizes()], default=str).encode())
-        sample = sorted(set(np.linspace(0, len(images) - 1, SAMPLED_IMAGES).astype(int).tolist()))
-        for row in images.__getitems__(sample):
-            digest.update(hashlib.sha256(_encoded(row["image"] or {})).digest())
+        sizes = images.stored_sizes()
+        digest = hashlib.sha256(json.dumps([images.stored_labels(), sizes], default=str).encode())
+        count = len(images) if sum(sizes) <= HASHED_BYTES else SAMPLED_IMAGES
+        sample = sorted(set(np.linspace(0, len(images) - 1, count).astype(int).tolist()))
+        for start in range(0, len(sample), 64):  # a few row groups at a time
+            for row in images.__getitems__(sample[start : start + 64]):
+                digest.update(hashlib.sha256(_encoded(row["image"] or {})).digest())
         return digest.hexdigest()[:16]
     labels, sizes = _labels_and_sizes(images)
     digest = hashlib.sha256(np.asarray(labels, "<i8").tobytes() + np.asarray(sizes, "<i8").tobytes())

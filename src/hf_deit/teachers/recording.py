@@ -98,7 +98,7 @@ class RecordingTeacher(TrainerCallback):
     def _begin(self, header: Header) -> Header:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            entries = sorted(self.directory.iterdir())
+            entries = list(self.directory.iterdir())
             for entry in [entry for entry in entries if LEFTOVER.fullmatch(entry.name) and entry.is_file()]:
                 if not entry.is_symlink():
                     entry.unlink()
