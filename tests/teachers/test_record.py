@@ -499,7 +499,7 @@ def swap_batches(folder):
         (lambda d: change_header(d, kind="soft", top_k=9), "is damaged: top_k is 9, above the number of classes"),
         (lambda d: change_header(d, kind="other"), "record.json' is damaged"),
         (lambda d: change_header(d, teacher={"name": "x"}), "record.json' cannot be read: 'num_parameters'"),
-        (lambda d: change_header(d, fingerprint={}), "images is 48, recorded with None"),
+        (lambda d: change_header(d, fingerprint={}), "record.json' cannot be read: 'images'"),
         (lambda d: change_header(d, more=1), "record.json' cannot be read: .*more"),
         (lambda d: write_row(d, 13, 0), "has no teacher outputs for position 13 of epoch 0: resume the recording run"),
         (lambda d: flip_bit(d, 27), "the checksum of positions 8 to 15 of epoch 0 is another"),

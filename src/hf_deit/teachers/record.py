@@ -119,8 +119,7 @@ class Header:
             good &= re.fullmatch("[0-9a-f]{16}", teacher["sha256"]) is not None
             good &= isinstance(header.fingerprint, dict) and isinstance(header.versions, dict)
             good &= teacher["name"] == printable(teacher["name"])
-            good &= all(type(header.fingerprint.get(name, 1)) is int for name in _COUNTS)
-            good &= all(0 < header.fingerprint.get(name, 1) < 2**40 for name in _COUNTS)
+            good &= all(type(n := header.fingerprint[name]) is int and 0 < n < 2**40 for name in _COUNTS)
         except FileNotFoundError as error:
             raise UserError(
                 f"{str(directory)!r} holds no {HEADER}: name a directory that was written by teacher_record, on a "
