@@ -1,11 +1,10 @@
 """Bad input ends a script in one line that says what is wrong and how to fix it, with exit status 1.
 
-import importlib
-
 Through the scripts' own `main`, so that nothing on the way swallows or rewords it. What a single module refuses is
 tested with that module; hostile input is in test_security.py, numbers that go wrong while training in test_health.py.
 """
 
+import importlib
 import json
 from pathlib import Path
 

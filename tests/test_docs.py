@@ -129,15 +129,17 @@ def parse_command(line: str, folder: Path, page: str = "") -> None:
         return
     assert name in COMMANDS, line
     command = import_module(f"hf_deit.commands.{name}")
+    if not words:  # named in a sentence
+        return
     if "--help" in words or "--help-all" in words or "..." in words or any("<" in word for word in words):
         return
     if hasattr(command, "KINDS"):
         recipe = words.pop(0) if words and not words[0].startswith("-") else None
         known = ["--use_cpu", "true"] if name in ("distill", "teacher") else []
-        if recipe is not None and "my_" in recipe and not Path("recipes", Path(recipe).name).exists():
-            shown = recipes_of(page).get(Path(recipe).name, "")
-            recipe = str(folder / "reader.yaml")
-            Path(recipe).write_text(shown)
+        if recipe is not None and "my_" in recipe:  # the reader's: a copy of ours, or their own
+            ours, recipe = ROOT / "recipes" / Path(recipe).name, str(folder / "recipe.yaml")
+            shown = recipes_of(page).get(ours.name, "")
+            Path(recipe).write_text(ours.read_text("utf-8") if ours.exists() else shown)
         parse_recipe(command.KINDS, [*([recipe] if recipe else []), *words, *known])
     else:
         (command.parse if name == "table" else command.parse_arguments)(words)
@@ -154,6 +156,12 @@ COMMAND_LINES = {
 def test_a_command_of_the_documents_parses(path, line, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     parse_command(line, tmp_path, (ROOT / path).read_text("utf-8"))
+
+
+def test_the_readme_shows_the_recipe_for_own_photos_as_it_is():
+    recipe = (ROOT / "recipes" / "my_photos.yaml").read_text("utf-8").split("\n\n", 1)[1]
+    assert recipe in (ROOT / "README.md").read_text("utf-8")
+    assert len([line for line in recipe.splitlines() if line]) <= 10
 
 
 def test_a_wrong_command_of_a_document_does_not_parse(tmp_path):

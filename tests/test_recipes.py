@@ -1,7 +1,6 @@
 """The recipes: each parses, the scripts run shrunk, and bad input ends in one line that names the fix."""
 
 import gc
-import importlib
 import inspect
 import json
 import re
@@ -30,7 +29,7 @@ from hf_deit import (
     parse_recipe,
 )
 from hf_deit.arguments import ClassifierArguments
-from hf_deit.commands import table
+from hf_deit.commands import distill, table, teacher
 from hf_deit.data.registry import REGISTRY
 from hf_deit.errors import run_script
 from hf_deit.models.classifiers import new_classifier

@@ -1,13 +1,12 @@
 """What a stranger could have written cannot run code or write outside output_dir: checkpoints, recipes, images, data,
 names. Each attack is refused with a message or comes to nothing.
 
-import importlib
-
 Where code would run, the payload creates a file, so a test that finds none has seen the attack fail. That a pickle in
 a `.pth` file is refused is in test_classifiers.py, what a card may say of this machine in test_model_card.py.
 """
 
 import hashlib
+import importlib
 import io
 import json
 import os
