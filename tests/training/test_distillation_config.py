@@ -97,3 +97,15 @@ def test_every_field_of_ours_says_what_it_is():
 def test_bad_values_are_refused_with_the_fix(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("words", [{"warmup_steps": 0}, {"logging_strategy": "epoch"}])
+def test_a_default_that_is_computed_is_no_option_that_was_set(tmp_path, caplog, words):
+    args = DistillationConfig(output_dir=str(tmp_path), use_cpu=True, num_train_epochs=3, **words)
+    DistillationConfig(
+        **{name: getattr(args, name) for name in ("warmup_epochs", "logging_steps", "num_train_epochs")},
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        **words,
+    )
+    assert "no effect" not in caplog.text

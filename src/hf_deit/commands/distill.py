@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import DataArguments, ModelArguments
-from ..errors import refusals_of_libraries
 from ..options.recipe import RECIPES, find_recipe, parse_recipe
 from ..training.checkpoints import claim_output_dir
 from ..training.distillation_config import DistillationConfig
@@ -17,7 +16,6 @@ from .teacher import evaluate_nothing, find_or_train_teacher
 
 
 if TYPE_CHECKING:
-    from ..models.modeling_deit import DeiTPreTrainedModel
     from ..training.distillation_trainer import DistillationTrainer
 
 KINDS = (ModelArguments, DataArguments, DistillationConfig)
@@ -57,7 +55,6 @@ def build_trainer(argv: Sequence[str], *, command: Sequence[str]) -> Distillatio
 
     from ..data.summary import summarize
     from ..data.views import load_views
-    from ..teachers.teacher import load_teacher
     from ..training.distillation_trainer import DistillationTrainer
 
     # 2. The images
@@ -68,32 +65,18 @@ def build_trainer(argv: Sequence[str], *, command: Sequence[str]) -> Distillatio
     if views.eval is None:
         evaluate_nothing(training_args)
 
-    # 3. The student and its teacher
-    needs_teacher = training_args.distillation_type in ("hard", "soft")
-    trains_teacher = needs_teacher and training_args.teacher_replay is None
+    # 3. The teacher, which may have to be trained first
+    trains_teacher = training_args.needs_teacher and training_args.teacher_replay is None
     if trains_teacher and model_args.teacher is None and model_args.teacher_recipe is not None:
         recipe = find_recipe(model_args.teacher_recipe, [_folder_of_recipe(argv), RECIPES, Path()])
         model_args.teacher = find_or_train_teacher(recipe, data_args, command=command, summary=summary)
-    set_seed(training_args.seed)
-    with refusals_of_libraries():  # a missing attention backend, say
-        student = build_student(model_args, data_args.image_size, views.id2label)
-    teacher = None
-    if needs_teacher and model_args.teacher is not None:
-        teacher = load_teacher(
-            model_args.teacher,
-            id2label=views.id2label,
-            mean=views.processor.image_mean,
-            std=views.processor.image_std,
-            image_size=training_args.teacher_image_size,
-            student_size=data_args.image_size,
-            compile=training_args.torch_compile,
-        )
 
-    # 4. The trainer
+    # 4. The trainer, which builds the student and loads the teacher
+    set_seed(training_args.seed)
     return DistillationTrainer(
-        student,
+        model_args,
         training_args,
-        teacher,
+        model_args.teacher,
         train_dataset=views.train,
         eval_dataset=views.eval,
         processing_class=views.processor,
@@ -105,23 +88,3 @@ def build_trainer(argv: Sequence[str], *, command: Sequence[str]) -> Distillatio
 
 def _folder_of_recipe(argv: Sequence[str]) -> Path:
     return find_recipe(argv[0]).parent if argv and not argv[0].startswith("-") else RECIPES
-
-
-def build_student(model_args: ModelArguments, image_size: int, id2label: dict[int, str]) -> DeiTPreTrainedModel:
-    """Load `model_name_or_path`, or build a model of `model_size` with random weights."""
-    from ..models.classifiers import load_pretrained
-    from ..models.configuration_deit import DeiTConfig
-    from ..models.modeling_deit import DeiTForImageClassification, DeiTForImageClassificationWithTeacher
-    from ..models.weight_files import check_attention
-
-    model_class = DeiTForImageClassification
-    if model_args.use_distillation_token:
-        model_class = DeiTForImageClassificationWithTeacher
-    fields = model_args.config_overrides() | {"image_size": image_size, "id2label": id2label}
-    fields["use_distillation_token"] = model_args.use_distillation_token
-    backend = model_args.attn_implementation
-    if model_args.model_name_or_path is not None:
-        return load_pretrained(model_class, model_args.model_name_or_path, attn_implementation=backend, **fields)
-    check_attention(backend, "attn_implementation")
-    config = DeiTConfig.from_size(model_args.model_size or "base", **fields)
-    return model_class._from_config(config, attn_implementation=backend)

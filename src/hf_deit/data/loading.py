@@ -130,6 +130,7 @@ def load_image_dataset(
     max_eval_samples: int | None = None,
     eval_fraction: float = 0.15,
     seed: int = 0,
+    rows: datasets.Dataset | Mapping[str, datasets.Dataset] | None = None,
 ) -> LoadedImages:
     """Load a labelled image dataset as `{"train", "eval"}`, each with the columns `image` and `label`.
 
@@ -157,6 +158,8 @@ def load_image_dataset(
             order and `seed`; a class with one image keeps it. Default: as in Hugging Face's
             run_image_classification.py.
         seed: seed of the subsets and of what is held out.
+        rows: the dataset itself, as the datasets library holds it: the training images, or one dataset for each split.
+            `name` is then only what messages call it.
 
     Returns:
         A dict of the parts; its attributes say where the images come from, see [`LoadedImages`]. `image` is not
@@ -170,7 +173,7 @@ def load_image_dataset(
             splits have different classes, there are fewer than two classes to train on, or nothing to evaluate on
             can be held out.
     """
-    entry = REGISTRY.get(name)
+    entry = REGISTRY.get(name) if rows is None else None
     if not splits or not set(splits) <= {"train", "eval"}:
         raise UserError(
             f"splits is {splits!r}; expected 'train', 'eval' or both (set train_split for the dataset's own names)"
@@ -189,7 +192,10 @@ def load_image_dataset(
         raise UserError(f"eval_fraction is {eval_fraction}; it must be at least 0 and below 1, such as 0.15")
 
     requested = {"train": train_split, "eval": eval_split}
-    source, unread = _find(name, data_dir, category_level, entry, streaming, requested)
+    if rows is None:
+        source, unread = _find(name, data_dir, category_level, entry, streaming, requested)
+    else:
+        source, unread = _given(rows), UnreadFiles()
     source = source._replace(splits={split: cache(load) for split, load in source.splits.items()})
     available, files = source.splits, source.streamed
     used = {part: requested[part] or split for part, split in _default_splits(available, entry, eval_split).items()}
@@ -285,6 +291,26 @@ def _subset(
 
 
 # --- where the images are ----------------------------------------------------------------------------------------
+
+
+def is_image_dataset(candidate: object) -> bool:
+    """Whether this is a dataset, or are the splits of one, of the datasets library, with a column of images."""
+    splits = candidate.values() if isinstance(candidate, Mapping) else [candidate]
+    features = [split.features for split in splits if isinstance(split, datasets.Dataset)]
+    return bool(features) and all(
+        any(isinstance(column, datasets.Image) for column in columns.values()) for columns in features
+    )
+
+
+def _given(rows: datasets.Dataset | Mapping[str, datasets.Dataset]) -> Source:
+    # The caller has made these datasets in this process: their paths are the caller's own.
+    splits = rows if isinstance(rows, Mapping) else {"train": rows}
+    loaders = {str(name): partial(_as_is, split) for name, split in splits.items()}
+    return Source("memory", "a dataset of the datasets library", loaders, {})
+
+
+def _as_is(rows: datasets.Dataset) -> datasets.Dataset:
+    return rows.with_format(None)
 
 
 def _find(

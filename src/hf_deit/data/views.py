@@ -218,18 +218,19 @@ class LoadedViews(NamedTuple):
     images: LoadedImages
 
 
-def load_views(data_args: DataArguments, *, seed: int = 42, **transform_options) -> LoadedViews:
+def load_views(data_args: DataArguments, *, seed: int = 42, rows: Any = None, **transform_options) -> LoadedViews:
     """Load a dataset as views to train on and to evaluate on.
 
     Args:
         data_args: the images and their size.
         seed: seed of the views; in a run [`DistillationConfig.view_seed`].
+        rows: the dataset itself, see [`load_image_dataset`].
         transform_options: arguments of [`build_train_transform`]; in a run [`DistillationConfig.transform_options`].
 
     Raises:
         ValueError: if [`load_image_dataset`] or one of the transforms raises it.
     """
-    images = load_image_dataset(**data_args.loading())
+    images = load_image_dataset(**data_args.loading(), rows=rows)
     train = TrainViews(images["train"], build_train_transform(data_args.image_size, **transform_options), seed)
     transform = build_eval_transform(data_args.image_size, crop_ratio=data_args.crop_ratio)
     id2label = dict(enumerate(images["train"].features["label"].names))

@@ -264,10 +264,9 @@ class DistillationConfig(TrainingArguments):
         if warmup_steps is None:
             self.warmup_steps = 0  # None means warmup_epochs, which Transformers does not know
         self.logs_by_default = self.logging_steps is None
-        if self.logging_steps is None:  # `Pace` lowers it once the length of the run is known
-            self.logging_steps = 50
-        if self.warmup_epochs is None:
-            self.warmup_epochs = min(PAPER_WARMUP_EPOCHS, LONGEST_WARMUP * self.num_train_epochs)
+        for name, value in self._computed_defaults().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         super().__post_init__()
         self.warmup_steps = warmup_steps
         if self.process_index == 0:
@@ -319,9 +318,13 @@ class DistillationConfig(TrainingArguments):
                 setattr(self, name, TrainingArguments.__dataclass_fields__[name].default)
         return without_effect
 
+    def _computed_defaults(self) -> dict[str, float]:
+        warmup_epochs = min(PAPER_WARMUP_EPOCHS, LONGEST_WARMUP * self.num_train_epochs)
+        return {"logging_steps": 50, "warmup_epochs": warmup_epochs}  # `Pace` lowers logging_steps in a short run
+
     def _idle_options(self) -> dict[str, str]:
         """Return, for each option that is set and that another option makes idle, why it has no effect."""
-        defaults = {item.name: item.default for item in fields(self)}
+        defaults = {item.name: item.default for item in fields(self)} | self._computed_defaults()
         schedule, optimizer = SchedulerType(self.lr_scheduler_type).value, OptimizerNames(self.optim).value
         idle = {}
         for name in ("eval", "save", "logging"):
@@ -438,6 +441,11 @@ class DistillationConfig(TrainingArguments):
                 f"min_lr {self.min_lr:g} is above the learning rate {self.learning_rate:g} (batch "
                 f"{self.effective_batch_size}): the cosine would rise; lower min_lr or raise the learning rate"
             )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss has a term for the teacher's outputs."""
+        return self.distillation_type in ("hard", "soft")
 
     def transform_options(self) -> dict:
         """Return the keyword arguments of [`build_train_transform`]."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_pt_utils import get_parameter_names
 
+from ..arguments import ModelArguments
 from ..augmentation.mixing import Mixing, normalize
 from ..augmentation.repeated_augmentation import RepeatedAugmentationSampler
 from ..data.labels import CheckedLabels, all_labels_of, check_labels, labels_of
@@ -27,6 +28,7 @@ from ..data.views import collate_views
 from ..errors import UserError, refusals_of_libraries
 from ..evaluation.metrics import TopKAccuracy, names_of_metrics, three_head_accuracy, top_classes
 from ..losses import distillation_loss, inverse_class_weights
+from ..models.classifiers import Spec
 from ..models.configuration_deit import DeiTConfig
 from ..teachers.fingerprint import fingerprint_of_views
 from ..teachers.recording import RecordingTeacher
@@ -52,13 +54,18 @@ class DistillationTrainer(PublishingTrainer):
     """Trainer of an image classifier, with or without a teacher.
 
     Args:
-        model: [`DeiTForImageClassificationWithTeacher`], or any classifier of Transformers that returns `logits`.
+        model: [`DeiTForImageClassificationWithTeacher`], any classifier of Transformers that returns `logits`, or what
+            a student is built from: a directory, a Hub id, "tiny", "small" or "base", or [`ModelArguments`].
         args: [`DistillationConfig`].
-        teacher: a [`Teacher`] from [`load_teacher`]. The teacher is not part of the model: it is not trained, wrapped,
-            gathered or saved. With `teacher_replay` the teacher is not run in training and may be left out.
-        train_dataset: [`TrainViews`], or any map-style dataset whose data_collator returns `pixel_values`
-            `(batch, 3, height, width)`, uint8 or normalised float32, and `labels` `(batch,)` int64.
-        eval_dataset: [`EvalViews`], or a dataset that returns the same.
+        teacher: a [`Teacher`], or what [`load_teacher`] makes one of. The teacher is not part of the model: it is not
+            trained, wrapped, gathered or saved. With `teacher_replay` it is not run in training and may be left out.
+        train_dataset: a directory, a Hub id, [`DataArguments`] or a `datasets.Dataset` with a column of images and one
+            of labels, which also give the evaluation images; or [`TrainViews`]; or any map-style dataset whose
+            data_collator returns `pixel_values` `(batch, 3, height, width)`, uint8 or normalised float32, and `labels`
+            `(batch,)` int64.
+        eval_dataset: [`EvalViews`], or a dataset that returns the same; beside a `datasets.Dataset` another one.
+        compute_metrics: of Transformers' kind: it gets fused logits `(samples, classes)` and labels. By default the
+            accuracy of every head, for which no logits are kept. None: only the loss is measured.
         mean, std: per channel, to normalise uint8 pixels with; by default those of processing_class.
         **kwargs: `data_args` and `command`, see [`PublishingTrainer`]; the rest as for `Trainer`.
 
@@ -76,23 +83,23 @@ class DistillationTrainer(PublishingTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | ModelArguments | str,
         args: DistillationConfig,
-        teacher: Teacher | None = None,
+        teacher: Teacher | Spec | None = None,
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         data_collator: Callable = collate_views,
-        compute_metrics: Callable = three_head_accuracy,
+        compute_metrics: Callable | None = three_head_accuracy,
         **kwargs,
     ):
+        model, teacher, kwargs = run.load_parts(model, args, teacher, kwargs)
         if args.hub_token is not None:
             args.hub_token = UnpickledToken(args.hub_token)
         num_labels = int(model.config.num_labels or 0)
         data_collator = CheckedLabels(data_collator, num_labels)
         with refusals_of_libraries(), clear_hub_errors(args, lambda: "Training has not begun: fix this first"):
             super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
-        self._check_heads_and_teacher(teacher)
         for part, dataset in (("training", self.train_dataset), ("evaluation", self.eval_dataset)):
             check_labels(getattr(dataset, "images", ()), num_labels, part)
         if compute_metrics is three_head_accuracy:
@@ -144,25 +151,6 @@ class DistillationTrainer(PublishingTrainer):
                 device=args.device,
             )
         return teacher
-
-    def _check_heads_and_teacher(self, teacher: Teacher | None) -> None:
-        kind = self.args.distillation_type
-        if kind in ("hard", "soft") and teacher is None and self.args.teacher_replay is None:
-            raise UserError(
-                f"distillation_type is {kind!r} and there is no teacher: set teacher, or teacher_replay to use "
-                "recorded teacher outputs, or set distillation_type to 'none' (labels only) or 'label' (both "
-                "heads learn the labels)"
-            )
-        if (size := self.args.teacher_image_size) and teacher is not None and teacher.image_size != (size, size):
-            raise UserError(
-                f"teacher_image_size is {size}, but the teacher was loaded for {teacher.image_size or 'any size'}: "
-                "pass load_teacher the same image_size"
-            )
-        if kind == "none" and hasattr(self.model, "distillation_classifier"):
-            raise UserError(
-                "distillation_type is 'none' and the model has a distillation head, which would stay untrained: set "
-                "use_distillation_token to false (DeiTForImageClassification), or distillation_type to 'label'"
-            )
 
     def _check_best_metric(self) -> None:
         metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
@@ -297,12 +285,13 @@ class DistillationTrainer(PublishingTrainer):
 
     def prediction_step(
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[None, tuple[Tensor, Tensor] | None, Tensor | None]:
-        """Evaluate one batch; the result is small enough to gather from every rank.
+    ) -> tuple[Tensor | None, Tensor | tuple[Tensor, Tensor] | None, Tensor | None]:
+        """Evaluate one batch; without a `compute_metrics` of the user the result is small enough for every rank.
 
         Returns:
             None; the best classes of each head `(batch, heads, 5)` int64, fused first, then class and distillation,
-            and the fused prediction's cross-entropy `(batch,)` float32, nats; the labels `(batch,)`.
+            and the fused prediction's cross-entropy `(batch,)` float32, nats; the labels `(batch,)`. For another
+            `compute_metrics`: the mean cross-entropy, the fused logits `(batch, classes)` float32, the labels.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -311,6 +300,9 @@ class DistillationTrainer(PublishingTrainer):
         if "distillation_logits" in outputs:
             heads += [outputs["cls_logits"], outputs["distillation_logits"]]
         labels = inputs["labels"]
+        if self.compute_metrics is not three_head_accuracy:
+            logits = outputs["logits"].float()
+            return F.cross_entropy(logits, labels), None if prediction_loss_only else logits, labels
         cross_entropy = F.cross_entropy(outputs["logits"].float(), labels, reduction="none")
         return None, (top_classes(torch.stack(heads, dim=1)), cross_entropy), labels
 

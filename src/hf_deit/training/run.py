@@ -1,20 +1,177 @@
-"""A complete run: prints the banner, trains, evaluates, writes all files and prints the table of accuracies."""
+"""A complete run: its parts by their names, the banner, the training, the evaluation, all files, the last table.
+
+Each part may be given as an object or by name: a directory, a Hub id or a registered name, as a recipe would say it.
+`DistillationTrainer` calls `load_parts` for both, so that a few lines of Python and a recipe train the same network.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from transformers import SchedulerType
+from torch import nn
+from transformers import PreTrainedModel, SchedulerType, set_seed
 
-from ..errors import UserError, printable
+from ..arguments import DataArguments, ModelArguments
+from ..data.loading import is_image_dataset
+from ..data.summary import summarize
+from ..data.views import load_views
+from ..errors import UserError, printable, refusals_of_libraries, some_of
+from ..models.class_names import class_names
+from ..models.classifiers import load_pretrained
+from ..models.configuration_deit import SIZES, DeiTConfig
+from ..models.modeling_deit import (
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTPreTrainedModel,
+)
+from ..models.weight_files import check_attention
 from ..plots.run import plot_run
+from ..teachers.teacher import Teacher, load_teacher
 from .distillation_config import LONGEST_WARMUP, PAPER_WARMUP_EPOCHS, DistillationConfig
 
 
 if TYPE_CHECKING:
     from .distillation_trainer import DistillationTrainer
+
+
+def load_parts(model: Any, args: DistillationConfig, teacher: Any, options: Mapping[str, Any]) -> tuple:
+    """Build or load the parts of a run that are given by name.
+
+    Args:
+        model, args, teacher: as for [`DistillationTrainer`].
+        options: its other arguments, of which train_dataset, eval_dataset, data_args, summary and processing_class
+            count here.
+
+    Returns:
+        The model, the teacher and the options, as objects.
+
+    Raises:
+        ValueError: a name leads nowhere, or the model's classes are not those of the images.
+    """
+    options = _with_views(model, args, dict(options))
+    train = options.get("train_dataset")
+    if isinstance(model, str):
+        model = ModelArguments(**{"model_size" if _is_size(model) else "model_name_or_path": model})
+    if isinstance(model, ModelArguments):
+        names = dict(enumerate(train.images.features["label"].names))
+        set_seed(args.seed)
+        with refusals_of_libraries():  # a missing attention backend, say
+            model = build_student(model, train.transform.image_size, names)
+    if teacher is not None and not isinstance(teacher, Teacher):
+        teacher = _teacher_of(teacher, model, args, options) if args.needs_teacher else None
+    _check_heads_and_teacher(model, args, teacher)
+    return model, teacher, options
+
+
+def _check_heads_and_teacher(model: nn.Module, args: DistillationConfig, teacher: Teacher | None) -> None:
+    kind = args.distillation_type
+    if kind in ("hard", "soft") and teacher is None and args.teacher_replay is None:
+        raise UserError(
+            f"distillation_type is {kind!r} and there is no teacher: set teacher, or teacher_replay to use "
+            "recorded teacher outputs, or set distillation_type to 'none' (labels only) or 'label' (both "
+            "heads learn the labels)"
+        )
+    if (size := args.teacher_image_size) and teacher is not None and teacher.image_size != (size, size):
+        raise UserError(
+            f"teacher_image_size is {size}, but the teacher was loaded for {teacher.image_size or 'any size'}: "
+            "pass load_teacher the same image_size"
+        )
+    if kind == "none" and hasattr(model, "distillation_classifier"):
+        raise UserError(
+            "distillation_type is 'none' and the model has a distillation head, which would stay untrained: set "
+            "use_distillation_token to false (DeiTForImageClassification), or distillation_type to 'label'"
+        )
+
+
+def _with_views(model: Any, args: DistillationConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Put views in the place of a dataset that is named, or is one of the datasets library."""
+    data, rows = options.get("train_dataset"), None
+    if is_image_dataset(data):
+        rows = dict(data) if isinstance(data, Mapping) else {"train": data}
+        if is_image_dataset(options.get("eval_dataset")):
+            rows["validation"] = options.pop("eval_dataset")
+        data = options.get("data_args") or "a dataset in memory"
+    if isinstance(data, str):
+        data = DataArguments(dataset_name=data, **_size_of(model))
+    if not isinstance(data, DataArguments):
+        return options
+    if options.get("eval_dataset") is not None:
+        raise UserError(
+            "eval_dataset is given beside the name of the training data: leave it out (eval_split of DataArguments "
+            "names another split), or give both as datasets"
+        )
+    views = load_views(data, seed=args.view_seed, rows=rows, **args.transform_options())
+    if args.process_index == 0:
+        options["summary"] = summarize(views.images)
+        print(options["summary"], flush=True)
+    if isinstance(model, PreTrainedModel):
+        _name_classes(model, views.id2label)
+    return options | {
+        "train_dataset": views.train,
+        "eval_dataset": views.eval,
+        "data_args": data,
+        "processing_class": options.get("processing_class") or views.processor,
+    }
+
+
+def _is_size(model: str) -> bool:
+    return model in SIZES and not Path(model).is_dir()
+
+
+def _size_of(model: Any) -> dict[str, int]:
+    """The model's own image size, for data that come without one; empty where the model has none, or not one side."""
+    if isinstance(model, str) and not _is_size(model):
+        with refusals_of_libraries():
+            model = DeiTConfig.from_pretrained(model)
+    size = getattr(getattr(model, "config", model), "image_size", None)
+    return {"image_size": size} if isinstance(size, int) else {}
+
+
+def _name_classes(model: PreTrainedModel, id2label: dict[int, str]) -> None:
+    """Give a model whose classes have no names those of the images; refuse one that has other classes."""
+    own, names = class_names(model.config.id2label), list(id2label.values())
+    if model.config.num_labels == len(names) and own in (None, names):
+        model.config.id2label, model.config.label2id = id2label, {name: number for number, name in id2label.items()}
+        return
+    raise UserError(
+        f"the model has {model.config.num_labels} classes, {some_of(own or ['without names'])}, and the images "
+        f"{len(names)}, {some_of(names)}, in this order: give the model by name, and it gets a new head for them"
+    )
+
+
+def _teacher_of(spec: Any, model: PreTrainedModel, args: DistillationConfig, options: Mapping[str, Any]) -> Teacher:
+    processor = options.get("processing_class")
+    if processor is None:
+        raise UserError(
+            "the teacher is given by name, and mean and std of the pixels are unknown: pass processing_class"
+        )
+    return load_teacher(
+        spec,
+        id2label=model.config.id2label,
+        mean=processor.image_mean,
+        std=processor.image_std,
+        image_size=args.teacher_image_size,
+        student_size=getattr(getattr(options.get("train_dataset"), "transform", None), "image_size", None),
+        compile=args.torch_compile,
+    )
+
+
+def build_student(model_args: ModelArguments, image_size: int, id2label: dict[int, str]) -> DeiTPreTrainedModel:
+    """Load `model_name_or_path`, or build a model of `model_size` with random weights."""
+    model_class = DeiTForImageClassification
+    if model_args.use_distillation_token:
+        model_class = DeiTForImageClassificationWithTeacher
+    fields = model_args.config_overrides() | {"image_size": image_size, "id2label": id2label}
+    fields["use_distillation_token"] = model_args.use_distillation_token
+    backend = model_args.attn_implementation
+    if model_args.model_name_or_path is not None:
+        return load_pretrained(model_class, model_args.model_name_or_path, attn_implementation=backend, **fields)
+    check_attention(backend, "attn_implementation")
+    config = DeiTConfig.from_size(model_args.model_size or "base", **fields)
+    return model_class._from_config(config, attn_implementation=backend)
 
 
 def train_and_save(trainer: DistillationTrainer) -> dict[str, float]:
