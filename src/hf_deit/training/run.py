@@ -52,9 +52,9 @@ def load_parts(model: Any, args: DistillationConfig, teacher: Any, options: Mapp
         ValueError: a name leads nowhere, or the model's classes are not those of the images.
     """
     options = _with_views(model, args, dict(options))
-    train = options.get("train_dataset")
+    train: Any = options.get("train_dataset")
     if isinstance(model, str):
-        model = ModelArguments(**{"model_size" if _is_size(model) else "model_name_or_path": model})
+        model = ModelArguments(model_size=model) if _is_size(model) else ModelArguments(model_name_or_path=model)
     if isinstance(model, ModelArguments):
         names = dict(enumerate(train.images.features["label"].names))
         set_seed(args.seed)
@@ -121,7 +121,7 @@ def _is_size(model: str) -> bool:
     return model in SIZES and not Path(model).is_dir()
 
 
-def _size_of(model: Any) -> dict[str, int]:
+def _size_of(model: Any) -> dict[str, Any]:
     """The model's own image size, for data that come without one; empty where the model has none, or not one side."""
     if isinstance(model, str) and not _is_size(model):
         with refusals_of_libraries():
@@ -132,17 +132,18 @@ def _size_of(model: Any) -> dict[str, int]:
 
 def _name_classes(model: PreTrainedModel, id2label: dict[int, str]) -> None:
     """Give a model whose classes have no names those of the images; refuse one that has other classes."""
-    own, names = class_names(model.config.id2label), list(id2label.values())
-    if model.config.num_labels == len(names) and own in (None, names):
-        model.config.id2label, model.config.label2id = id2label, {name: number for number, name in id2label.items()}
+    config: Any = model.config
+    own, names = class_names(config.id2label), list(id2label.values())
+    if config.num_labels == len(names) and own in (None, names):
+        config.id2label, config.label2id = id2label, {name: number for number, name in id2label.items()}
         return
     raise UserError(
-        f"the model has {model.config.num_labels} classes, {some_of(own or ['without names'])}, and the images "
+        f"the model has {config.num_labels} classes, {some_of(own or ['without names'])}, and the images "
         f"{len(names)}, {some_of(names)}, in this order: give the model by name, and it gets a new head for them"
     )
 
 
-def _teacher_of(spec: Any, model: PreTrainedModel, args: DistillationConfig, options: Mapping[str, Any]) -> Teacher:
+def _teacher_of(spec: Any, model: Any, args: DistillationConfig, options: Mapping[str, Any]) -> Teacher:
     processor = options.get("processing_class")
     if processor is None:
         raise UserError(
