@@ -140,7 +140,7 @@ def test_a_missing_teacher_is_trained_on_the_students_data_and_found_the_next_ti
     monkeypatch.chdir(tmp_path)
     trained_on = []
 
-    def train(model_args, data_args, training_args, command):
+    def train(model_args, data_args, training_args, command, summary):
         trained_on.append(data_args.max_train_samples)
         shutil.copytree(digits_teacher, training_args.output_dir, dirs_exist_ok=True)
 

@@ -636,6 +636,7 @@ def hostile_card():
                 dataset_id=None,
                 dataset_terms=EVIL,
                 eval_split=EVIL,
+                data=[EVIL],
                 teacher=EVIL,
                 settings={EVIL: (EVIL, None)},
                 command=["run.py", "--x", EVIL, "```\n# out of the block"],
@@ -655,7 +656,7 @@ def test_names_bring_neither_markdown_nor_front_matter_into_a_card():
     titles = [
         line for line in outside.splitlines() if line.startswith("#") and not line.startswith("# import hf_deit")
     ]
-    assert titles[1:] == ["## Accuracy", "## Training", "## Use", "## Limits"]  # after the card's own
+    assert titles[1:] == ["## Accuracy", "## Dataset", "## Training", "## Use", "## Limits"]  # after the card's own
     assert not [line for line in outside.splitlines() if line == "---" or line.startswith("license:")]
     assert "<script>" not in outside and "](http://evil" not in outside.replace("\\](", "")
     assert "{{ 7 * 7 }}" in outside  # and no 49: a name is no template
