@@ -341,7 +341,7 @@ import torch
 from hf_deit import load_image_dataset
 from hf_deit.data import streaming
 
-streaming.RETRY_WAITS = (0.1,) * 12
+sleep, time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 0.05))  # between the tries of the client, too
 images = load_image_dataset("user/pictures", streaming=True, splits=("train",))["train"]
 order = torch.randperm(len(images), generator=torch.Generator().manual_seed(int(sys.argv[1]))).tolist()
 read, longest = [], 0.0
@@ -377,13 +377,15 @@ def test_readers_get_the_right_images_of_a_server_that_fails_in_every_way(hub, t
     ]
     rng, faults, begin = random.Random(0), Counter(), time.monotonic()
     changed = False
-    while any(reader.poll() is None for reader in readers) and time.monotonic() - begin < 240:
+    while any(reader.poll() is None for reader in readers) and time.monotonic() - begin < 120:
         if not any(request.range for request in hub.requests):
             time.sleep(0.05)  # the readers are still being imported
             continue
         if not changed:
             changed = bool(repository.commit({file.name: bytes(file.stat().st_size) for file in files}))
-        kind = rng.choice(("fail", "cut", "stall", "short", "none"))
+        if sum(faults.values()) == 12 * num_readers * epochs:
+            break
+        kind = rng.choice(("fail", "cut", "stall", "short"))
         faults[kind] += 1
         if kind == "fail":
             hub.fail_next(1, rng.choice((500, 502, 503, 429)), ".parquet")
@@ -393,10 +395,12 @@ def test_readers_get_the_right_images_of_a_server_that_fails_in_every_way(hub, t
             hub.stall_after(rng.choice((0, 50)), ".parquet")
         elif kind == "short":
             hub.shorten(rng.choice((0, 1, 100)), ".parquet")
-        time.sleep(0.2)
-    for reader in readers:
-        reader.kill()
-    ends = [reader.communicate() for reader in readers]
+        time.sleep(0.1)
+    try:
+        ends = [reader.communicate(timeout=240) for reader in readers]
+    finally:
+        for reader in readers:
+            reader.kill()
     assert [reader.returncode for reader in readers] == [0] * num_readers, [error[-1500:] for _, error in ends]
     local = StreamedImages([str(file) for file in files], FEATURES, image_column="picture", label_column="label")
     expected = {

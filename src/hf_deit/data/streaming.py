@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 import numpy as np
@@ -254,7 +254,7 @@ def _read_with_retries(file: str, read: Callable[[BinaryIO], T]) -> T:
         try:
             filesystem, path = fsspec.core.url_to_fs(file)
             with filesystem.open(path, "rb", **options) as stream:
-                return read(stream)
+                return read(cast(BinaryIO, _WholeRanges(stream)) if hasattr(stream, "size") else stream)
         except Exception as error:  # each client library and each kind of broken response raises its own exceptions
             if not remote or wait is None or _is_final(error):
                 raise UserError(f"cannot read {file!r}: {type(error).__name__}: {first_line(error)}") from error
@@ -262,6 +262,39 @@ def _read_with_retries(file: str, read: Callable[[BinaryIO], T]) -> T:
             logger.warning("reading %r failed (%s: %s); next try in %d s", file, type(error).__name__, reason, wait)
             time.sleep(wait)
     raise AssertionError("the last try raises")
+
+
+class _WholeRanges:
+    """A remote file whose server must send the whole of each range that is asked for, and no more.
+
+    Otherwise a short answer would look like a damaged file, which is final, and is only a bad connection.
+    """
+
+    closed = False
+
+    def __init__(self, file: Any):
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        rest = self._file.size - self._file.tell()
+        wanted = rest if size is None or size < 0 else min(size, rest)
+        data = self._file.read(wanted) if wanted > 0 else b""
+        if len(data) != max(wanted, 0):
+            raise ConnectionError(f"the server sent {len(data):,} bytes of {wanted:,}")
+        return data
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Left to whoever opened the file."""
 
 
 def _is_final(error: Exception) -> bool:
