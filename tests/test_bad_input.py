@@ -97,7 +97,7 @@ def bad(arguments, message):
         bad(
             "--lerning_rate 1", "the command line has '--lerning_rate', which is no key; did you mean 'learning_rate'?"
         ),
-        bad("--xyzzy 1", "the command line has '--xyzzy', which is no key; --help lists them"),
+        bad("--xyzzy 1", "the command line has '--xyzzy', which is no key; --help-all lists them"),
         # the learning rate and its schedule
         bad(
             "--base_learning_rate 1e-3",
@@ -204,7 +204,7 @@ def test_bad_input_ends_in_one_line(script, inputs, tmp_path, arguments, message
         ("list", "is a list; expected lines of the form 'key: value'"),
         ("broken", "cannot be read: while parsing a flow sequence"),
         ("binary", "cannot be read: unacceptable character"),
-        ("nowhere", "cannot be read: [Errno 2] No such file"),
+        ("nowhere", "cannot be read: there is no such file"),
     ],
 )
 def test_a_bad_recipe_is_named(script, inputs, tmp_path, recipe, message):
