@@ -102,7 +102,6 @@ class DataArguments:
         "choice depends on the images alone, not on a seed, so that a teacher, its students and run_eval.py agree. 0: "
         "train on all of them and evaluate nothing.",
         affects="views",
-        heading="data",
     )
     max_train_samples: int | None = option(
         None,

@@ -212,9 +212,8 @@ def test_evaluation_never_sees_an_augmentation(tiny_images):
 
 
 def test_the_saved_processor_is_the_evaluation_transform(shared_data):
-    rows = load_image_dataset(str(shared_data / "imagenet_sample"), train_split="validation", max_eval_samples=20)[
-        "eval"
-    ]
+    options = {"splits": ("eval",), "eval_split": "validation", "max_eval_samples": 20}
+    rows = load_image_dataset(str(shared_data / "imagenet_sample"), **options)["eval"]
     transform = build_eval_transform(224)
     processor, views = build_image_processor(transform), EvalViews(rows, transform)
     mean, std = (np.reshape(values, (3, 1, 1)) for values in (processor.image_mean, processor.image_std))

@@ -192,10 +192,10 @@ def test_balanced_accuracy_is_scikit_learns():
 def test_balanced_accuracy_is_measured_where_classes_are_uneven(sizes, uneven):
     labels = np.repeat(np.arange(len(sizes)), sizes)
     assert (class_sizes(labels) is not None) == uneven
-    assert ("balanced_accuracy" in names_of_metrics(3, labels)) == uneven
+    assert ("balanced_accuracy" in names_of_metrics(3, 3, labels)) == uneven
     if not len(labels):
         return
     best = np.tile(np.arange(3), (len(labels), 3, 1))
     metrics = three_head_accuracy(EvalPrediction((best, np.ones(len(labels))), labels))
-    assert set(metrics) == set(names_of_metrics(3, labels))
+    assert set(metrics) == set(names_of_metrics(3, 3, labels))
     assert metrics.get("balanced_accuracy", 0.5) == 0.5

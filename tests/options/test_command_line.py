@@ -66,7 +66,7 @@ def test_every_synonym_means_a_key_and_is_none():
         ("batch_size=3", "per_device_train_batch_size"),
         ("batch-size", "per_device_train_batch_size"),
         ("Epochs", "num_train_epochs"),
-        ("warmup_ratio", "warmup_epochs"),
+        ("warmup", "warmup_epochs"),
         ("lerning_rate", "learning_rate"),
     ],
 )

@@ -53,7 +53,7 @@ def log_softmax(logits):
 
 def assert_predicts(predictions, head, log_probabilities, labels):
     """Best classes and losses of one head are those of the log-probabilities (samples, classes)."""
-    best = np.argsort(-log_probabilities, axis=1)[:, :5]
+    best = np.argsort(-log_probabilities, axis=1)[:, : 5 if log_probabilities.shape[1] > 5 else 1]
     assert (predictions.best_classes[head] == best).all()
     assert len(set(best[:, 0])) > 1, "one class for all images shows nothing"
     losses = -log_probabilities[np.arange(len(labels)), labels]

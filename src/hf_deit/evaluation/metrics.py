@@ -199,10 +199,11 @@ def balanced_accuracy(decisions: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(list(accuracy_by_class(decisions, labels).values())))
 
 
-def names_of_metrics(heads: int, labels: np.ndarray | None) -> list[str]:
-    """Return the names of what [`three_head_accuracy`] measures for so many heads on a set with these labels."""
+def names_of_metrics(heads: int, num_classes: int, labels: np.ndarray | None) -> list[str]:
+    """Return the names of what [`three_head_accuracy`] measures for so many heads and classes on a set of labels."""
     prefixes = ["" if head == "fused" else f"{head}_" for head in HEADS[:heads]]
-    names = ["loss", *(f"{prefix}{rate}" for prefix in prefixes for rate in ("top1", "top5"))]
+    rates = ("top1", "top5") if num_classes > TOP_K else ("top1",)
+    names = ["loss", *(f"{prefix}{rate}" for prefix in prefixes for rate in rates)]
     return names if class_sizes(labels) is None else [*names, "balanced_accuracy"]
 
 

@@ -155,7 +155,8 @@ class DistillationTrainer(PublishingTrainer):
     def _check_best_metric(self) -> None:
         metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
         heads = 3 if hasattr(self.model, "distillation_classifier") else 1
-        known = names_of_metrics(heads, labels_of(getattr(self.eval_dataset, "images", ())))
+        labels = labels_of(getattr(self.eval_dataset, "images", ()))
+        known = names_of_metrics(heads, int(self.model.config.num_labels or 0), labels)
         if self.ema is not None:
             known += [f"ema_{name}" for name in known]
         if metric not in known:
