@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 
+from hf_deit.commands.convert import main
 from hf_deit.models.checkpoint_conversion import HEAD_WIDTH, WIDTHS, read_checkpoint, read_class_names, write_original
 from hf_deit.models.modeling_deit import DeiTForImageClassification, DeiTForImageClassificationWithTeacher, DeiTModel
 
@@ -391,12 +392,8 @@ def test_class_names_are_lines_and_must_be_as_many_as_the_classes(tmp_path):
 
 
 @pytest.fixture
-def convert(monkeypatch):
-    """`main` of the script."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import convert_checkpoint
-
-    return lambda *words: convert_checkpoint.main([str(word) for word in words])
+def convert():
+    return lambda *words: main([str(word) for word in words])
 
 
 def test_the_command_line_converts_and_ends_in_one_line_where_it_cannot(tmp_path):

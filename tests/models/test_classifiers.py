@@ -313,13 +313,16 @@ def test_a_backbone_without_a_head_is_refused(tmp_path):
     [
         (lambda path: path / "nowhere", "nowhere' does not exist"),
         (lambda path: path, "has no config.json"),
-        (lambda path: (path / "w.pth").write_bytes(b"x") and path / "w.pth", r"is a file: .*timm:<name>\?checkpoint="),
+        (
+            lambda path: (path / "w.pth").write_bytes(b"x") and path / "w.pth",
+            r"is a file, not .*timm:<name>\?checkpoint=",
+        ),
     ],
 )
 def test_an_unreadable_path_is_one_clear_line(tmp_path, make, got):
     with pytest.raises(ValueError, match=got) as caught:
         find_classifier(str(make(tmp_path)))
-    assert "python:<module>:<factory>, or an nn.Module" in str(caught.value) and "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"junk" * 100, None])

@@ -9,7 +9,7 @@ from support.sweeps import FILES, made_up_sweep, write_recipes
 
 from hf_deit.paper import scheduler
 from hf_deit.paper.scheduler import Scheduler
-from hf_deit.teachers.record import Header
+from hf_deit.teachers.record import BATCH, Header
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_one_run_records_and_the_others_replay(sweep, monkeypatch):
         began.append((keys.get("num_train_epochs", 300), option, directory))
         if option == "--teacher_record":
             Path(directory).mkdir(parents=True, exist_ok=True)
-            fingerprint = {"images": 100, "views of a step": 10}
+            fingerprint = {"images": 100, "classes": 10, "views of a step": 10, BATCH: 10}
             teacher = {"name": "big", "sha256": "0" * 16, "num_parameters": 1, "device": "cpu"}
             Header("hard", None, 10 * began[-1][0], teacher, fingerprint, {}).write(Path(directory))
         Path(keys["output_dir"], "all_results.json").write_text('{"eval_top1": 0.5}')
