@@ -145,7 +145,7 @@ def bad(arguments, message):
         bad(
             "--per_device_train_batch_size 4000", "one step takes 4000 views and the training set has 64 images: lower"
         ),
-        bad("--dataset_name {float_labels}", "the labels are of the type float32; expected whole numbers or words"),
+        bad("--dataset_name {float_labels}", "of the type float32; expected whole numbers or words"),
         bad(
             "--dataset_name {no_labels} --distillation_type label --per_device_train_batch_size 4",
             "image number 2 of the training images has the label -1, but the 3 classes are 0 to 2 (1 of 4",
@@ -203,7 +203,7 @@ def test_bad_input_ends_in_one_line(script, inputs, tmp_path, arguments, message
         ("unknown_key", "has the key 'lerning_rate', which is no key; did you mean 'learning_rate'?"),
         ("list", "is a list; expected lines of the form 'key: value'"),
         ("broken", "cannot be read: while parsing a flow sequence"),
-        ("binary", "cannot be read: unacceptable character"),
+        ("binary", "special characters are not allowed"),
         ("nowhere", "cannot be read: there is no such file"),
     ],
 )

@@ -100,12 +100,13 @@ def commands_of(path: Path) -> list[str]:
     if path.suffix == ".md":
         spans = re.findall(r"`((?:hf-deit|python|accelerate launch) [^`]+)`", text)
         blocks = re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
-        text = "\n".join(["".join(blocks).replace("\\\n", " "), *spans])
+        text = "\n".join(["".join(blocks), *spans])
+    text = re.sub(r"\s*\\\n\s*", " ", text)  # a command that goes on in the next line
     lines = [re.sub(r"^#\s+(Command:\s+)?", "", line.strip()) for line in text.splitlines()]
     calls = re.compile(
         r"(\w+=\S+ )*(hf-deit|(python|accelerate launch|torchrun)( -\S+ \S+)* (-m hf_deit|recipes/\w+\.py)) ?(?!<)"
     )
-    return [line.split("  #")[0] for line in lines if calls.match(line)]
+    return [line.split("  ")[0] for line in lines if calls.match(line)]
 
 
 def recipes_of(text: str) -> dict[str, str]:
@@ -120,12 +121,13 @@ def parse_command(line: str, folder: Path, page: str = "") -> None:
         next(place for place, word in enumerate(words) if re.search(r"hf[-_]deit$|recipes/\w+\.py$", word)) :
     ]
     scripts = {"run_analysis": "analyze", "convert_checkpoint": "convert", "export_model": "export"}
+    scripts["check_data"] = "check"
     name = words.pop(0) if words[0].endswith(".py") else words[1]
     if name.endswith(".py"):
         name = scripts.get(Path(name).stem, Path(name).stem.removeprefix("run_"))
     else:
         del words[:2]
-    if name == "--help":
+    if name in ("--help", "options") or "..." in line or "DATA" in line:
         return
     assert name in COMMANDS, line
     command = import_module(f"hf_deit.commands.{name}")
@@ -141,7 +143,7 @@ def parse_command(line: str, folder: Path, page: str = "") -> None:
             shown = recipes_of(page).get(ours.name, "")
             Path(recipe).write_text(ours.read_text("utf-8") if ours.exists() else shown)
         parse_recipe(command.KINDS, [*([recipe] if recipe else []), *words, *known])
-    else:
+    elif not (name == "check" and "my_run.yaml" in line):
         (command.parse if name == "table" else command.parse_arguments)(words)
 
 
@@ -184,7 +186,7 @@ def test_the_scan_finds_commands_and_recipes(tmp_path):
         "```bash\nA=1 torchrun -n 2 recipes/run_eval.py \\\n  --models a  # why\nls recipes\nhf-deit init my_run\n"
         "```\n```yaml\n# my_run.yaml\nimage_size: 32\n```\nhf-deit prose\n"
     )
-    assert commands_of(page) == ["A=1 torchrun -n 2 recipes/run_eval.py    --models a", "hf-deit init my_run"]
+    assert commands_of(page) == ["A=1 torchrun -n 2 recipes/run_eval.py --models a", "hf-deit init my_run"]
     assert recipes_of(page.read_text()) == {"my_run.yaml": "image_size: 32\n"}
 
 

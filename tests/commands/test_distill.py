@@ -9,7 +9,7 @@ from hf_deit import (
     DeiTForImageClassificationWithTeacher,
     ModelArguments,
 )
-from hf_deit.commands.distill import build_student
+from hf_deit.training.run import build_student
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
