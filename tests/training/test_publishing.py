@@ -266,6 +266,7 @@ def test_a_push_fails_in_one_line_loses_nothing_and_succeeds_the_second_time(hub
         message = client("""
             from hf_deit.errors import run_script
             words = [RECIPE, "--push_to_hub", "true", "--hub_token", "hf_wrong", "--output_dir", "new"]
+            words += ["--distillation_type", "label"]
             try:
                 run_script(lambda: run_distill.main(words))
             except SystemExit as end:
