@@ -38,7 +38,7 @@ def test_every_option_of_a_run_says_what_it_affects():
 
 def test_the_arguments_are_those_of_the_loader_and_of_the_config():
     loading = DataArguments(dataset_name="digits", max_train_samples=3, image_size=32).loading()
-    assert loading.keys() == inspect.signature(load_image_dataset).parameters.keys() - {"splits", "seed"}
+    assert loading.keys() == inspect.signature(load_image_dataset).parameters.keys() - {"splits", "seed", "rows"}
     assert (loading["name"], loading["max_train_samples"]) == ("digits", 3)
     assert ModelArguments(hidden_size=8, teacher="x", model_size="tiny").config_overrides() == {"hidden_size": 8}
     everything = ModelArguments(**{item.name: 1 for item in fields(ModelArguments)}).config_overrides()

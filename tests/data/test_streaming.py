@@ -342,7 +342,7 @@ from hf_deit import load_image_dataset
 from hf_deit.data import streaming
 
 sleep, time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 0.05))  # between the tries of the client, too
-images = load_image_dataset("user/pictures", streaming=True, splits=("train",))["train"]
+images = load_image_dataset("user/pictures", streaming=True, splits=("train",), eval_fraction=0)["train"]
 order = torch.randperm(len(images), generator=torch.Generator().manual_seed(int(sys.argv[1]))).tolist()
 read, longest = [], 0.0
 for _ in range(int(sys.argv[2])):

@@ -21,6 +21,7 @@ from hf_deit import (
     build_eval_transform,
     build_image_processor,
 )
+from hf_deit.commands import export
 from hf_deit.models.export import export_model, load_for_export
 
 
@@ -220,13 +221,10 @@ def test_what_is_no_trained_classifier_with_its_processor_is_refused(exported, t
 
 def test_the_script_exports_once_and_pt2_without_the_extra(exported, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(hf_deit.models.export, "find_spec", lambda name: None)
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import export_model as script
-
     words = [str(exported / "plain"), str(tmp_path / "new" / "deit.pt2")]
-    script.main(words)
+    export.main(words)
     printed = capsys.readouterr().out
     assert re.search(r"deit.pt2: 0.\d MB, 3 classes, max .logit - PyTorch's. \d.\de[+-]\d\d\n", printed)
     with pytest.raises(SystemExit, match="2"):
-        script.main(words)
+        export.main(words)
     assert "exists already" in capsys.readouterr().err

@@ -204,9 +204,10 @@ def load_image_dataset(
     holds_out = eval_split is None and "train" in used and _nothing_else_to_evaluate_on(used, available)
     if holds_out:
         _check_hold_out(files is not None, eval_fraction, splits, used, name)
-        splits_to_load = ("train",)
+    if files is not None:
+        splits_to_load = [part for part in splits if part == "eval" and not holds_out]
     else:
-        splits_to_load = [part for part in splits if files is None or part == "eval"]
+        splits_to_load = ("train",) if holds_out else splits
     loaded = {part: load(used[part], f"{part}_split") for part in splits_to_load}
     chosen = {part: rows for part, (rows, _) in loaded.items()}
     spans = {part: spans for part, (_, spans) in loaded.items()}
@@ -663,10 +664,11 @@ def _nothing_else_to_evaluate_on(used: Mapping[str, str], available: Splits) -> 
 
 
 def _check_hold_out(streams: bool, fraction: float, splits: Sequence[str], used: Mapping[str, str], name: str) -> None:
-    if streams and "train" in splits:
+    if streams and fraction > 0:
         raise UserError(
             f"{name!r} has no split to evaluate on beside {used['train']!r}, and of a stream no images are held out: "
-            "set eval_split to a split or to a slice, such as eval_split: train[-5%:], or use streaming: false"
+            "set eval_split to a split or to a slice, such as eval_split: train[-5%:], use streaming: false, or set "
+            "eval_fraction to 0 to train on all of it"
         )
     if fraction == 0 and "eval" in splits and "train" not in splits:
         raise UserError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import UserError, first_line, some_of
+from ..files import read_json
 from .class_names import class_names
 from .configuration_deit import as_pair
 from .weight_files import check_attention, check_json_of, read_weights, stored_types
@@ -236,10 +236,7 @@ def _check_directory(spec: str, path: Path) -> None:
             f"model directory {spec!r} has no config.json{hint}. Give a directory written by save_pretrained "
             "(config.json and model.safetensors)"
         )
-    try:
-        config = json.loads((path / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"config.json of model {spec!r} cannot be read: {first_line(error)}") from error
+    config = read_json(path / "config.json")
     quantised = config.get("quantization_config") if isinstance(config, dict) else None
     if quantised:
         method = quantised.get("quant_method", "method not stated") if isinstance(quantised, Mapping) else quantised
