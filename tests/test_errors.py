@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,10 @@ print("unreachable" if {ends} else "over")
 def started(body, ends=True, **options):
     program = [sys.executable, "-c", SCRIPT.format(body=body, ends=ends)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(program, **(pipes | options))
+    # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
+    return subprocess.Popen(
+        program, preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL), **(pipes | options)
+    )
 
 
 @pytest.mark.parametrize(
