@@ -36,7 +36,7 @@ ROOMS = (
 DOORS = {
     "timm": "models/",
     "albumentations": "augmentation/",
-    "datasets": "data/loading.py",
+    "datasets": "data/",
     "evaluate": "evaluation/metrics.py",
     "matplotlib": "plots/",
 }
@@ -49,6 +49,7 @@ REPOSITORY_TESTS = {
 # Modules whose tests stand with another's, and with which.
 TESTED_WITH = {
     "augmentation/random_draws.py": "augmentation/policies.py",
+    "data/sources.py": "data/loading.py",
     # Commands with what they run.
     "commands/analyze.py": "paper/analysis.py",
     "commands/convert.py": "models/checkpoint_conversion.py",

@@ -1,10 +1,11 @@
-"""data.py: finding sets by name, directory or Hub id, and their two columns."""
+"""loading.py and sources.py: finding sets by name, directory or Hub id, and their two columns."""
 
 import io
 import json
 import os
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,8 +14,9 @@ from PIL import Image
 
 from hf_deit import load_image_dataset
 from hf_deit.data.decoding import decode_image
-from hf_deit.data.loading import hold_out
+from hf_deit.data.labels import hold_out
 from hf_deit.data.registry import REGISTRY
+from hf_deit.errors import UserError
 
 
 def test_digits_come_without_network():
@@ -737,3 +739,54 @@ def test_files_and_classes_named_like_patterns_are_themselves(tmp_path, picture,
     path = write_parquet(tmp_path / "shards", picture, {"x" + name.replace("-", ""): [0, 1, 0], "test": [0, 1]})
     images = load_image_dataset(path, train_split="x" + name.replace("-", ""))
     assert [len(rows) for rows in images.values()] == [3, 2]
+
+
+# --- what save_to_disk wrote ---------------------------------------------------------------------------------------
+
+
+def saved(folder, picture, splits):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    rows = {
+        split: datasets.Dataset.from_dict(
+            {"image": [{"bytes": picture(), "path": None}] * len(labels), "label": labels}, features=features
+        )
+        for split, labels in splits.items()
+    }
+    (datasets.DatasetDict(rows) if len(rows) > 1 else rows["train"]).save_to_disk(folder)
+    return str(folder)
+
+
+def test_a_saved_dataset_is_read_from_disk(tmp_path, picture):
+    """Both what DatasetDict and what Dataset save; one without other splits holds out."""
+    both = load_image_dataset(saved(tmp_path / "both", picture, {"train": [1, 0, 1], "test": [0, 1]}))
+    assert both.layout == "a dataset saved by the datasets library" and both.splits == {
+        "train": "train",
+        "eval": "test",
+    }
+    assert both["train"]["label"][:] == [1, 0, 1] and both["eval"]["label"][:] == [0, 1]
+    one = saved(tmp_path / "one", picture, {"train": [0, 1] * 10})
+    alone = load_image_dataset(one)
+    assert [len(rows) for rows in alone.values()] == [16, 4] and alone.held_out == (4, 20)
+    assert set(alone["train"][0]["image"]) == {"bytes", "path"}
+    with pytest.raises(UserError, match="written by save_to_disk .* use streaming: false"):
+        load_image_dataset(one, streaming=True)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "state.json").write_text("{"), "no valid JSON"),
+        (
+            lambda folder: (folder / "state.json").write_text('{"_data_files": [{"filename": "../x.arrow"}]}'),
+            "state.json' is damaged: expected the names of Arrow files beside it",
+        ),
+        (lambda folder: next(folder.glob("*.arrow")).write_bytes(b"ARROW1"), "saved dataset .* cannot be read"),
+        (lambda folder: next(folder.glob("*.arrow")).unlink(), "saved dataset .* cannot be read"),
+    ],
+    ids=["no json", "a path that leads out", "cut short", "missing"],
+)
+def test_a_damaged_saved_dataset_is_one_line(tmp_path, picture, damage, message):
+    folder = Path(saved(tmp_path / "one", picture, {"train": [0, 1] * 10}))
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        load_image_dataset(str(folder))

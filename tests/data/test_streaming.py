@@ -343,6 +343,7 @@ from hf_deit.data import streaming
 
 sleep, time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 0.05))  # between the tries of the client, too
 images = load_image_dataset("user/pictures", streaming=True, splits=("train",), eval_fraction=0)["train"]
+print("found", flush=True)
 order = torch.randperm(len(images), generator=torch.Generator().manual_seed(int(sys.argv[1]))).tolist()
 read, longest = [], 0.0
 for _ in range(int(sys.argv[2])):
@@ -376,13 +377,14 @@ def test_readers_get_the_right_images_of_a_server_that_fails_in_every_way(hub, t
         for number in range(num_readers)
     ]
     rng, faults, begin = random.Random(0), Counter(), time.monotonic()
-    changed = False
+    assert [reader.stdout.readline() for reader in readers] == [
+        "found\n"
+    ] * num_readers  # at one commit, before another
+    changed = bool(repository.commit({file.name: bytes(file.stat().st_size) for file in files}))
     while any(reader.poll() is None for reader in readers) and time.monotonic() - begin < 120:
         if not any(request.range for request in hub.requests):
-            time.sleep(0.05)  # the readers are still being imported
+            time.sleep(0.05)  # nothing is read yet
             continue
-        if not changed:
-            changed = bool(repository.commit({file.name: bytes(file.stat().st_size) for file in files}))
         if sum(faults.values()) == 12 * num_readers * epochs:
             break
         kind = rng.choice(("fail", "cut", "stall", "short"))

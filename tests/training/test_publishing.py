@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hf_deit.data.bad_images import FILE_NAME
+from hf_deit.data.decoding import BAD_IMAGES_FILE
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,7 +220,7 @@ def test_a_push_fails_in_one_line_loses_nothing_and_succeeds_the_second_time(hub
         command = shlex.split(message.split("again: ")[1])
 
         # The list of damaged images names places on this machine.
-        (folder / "tiny" / FILE_NAME).write_text("index\tpath\treason\n3\t/home/me/3.jpg\tempty\n")
+        (folder / "tiny" / BAD_IMAGES_FILE).write_text("index\tpath\treason\n3\t/home/me/3.jpg\tempty\n")
 
         # Once is no failure. Then once more, as a new commit; the same again is none.
         hub.cut_upload_after(1000, "/store/")

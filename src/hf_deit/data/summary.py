@@ -27,7 +27,8 @@ from ..errors import some_of
 from ..files import write_whole
 from .decoding import FORMATS, path_of
 from .folders import IMAGE_FOLDERS, UnreadFiles
-from .loading import LoadedImages, count_by_class
+from .labels import count_by_class
+from .loading import LoadedImages
 
 
 FILE_NAME = "dataset.json"

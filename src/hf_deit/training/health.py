@@ -5,7 +5,7 @@ fp16 overflow, a learning rate far too high and a model that learns nothing. A f
 one logs a single warning. Every message names the step and the usual causes.
 
 No check waits for the device: the facts of a batch stay there, as a few scalars, until the trainer reads the gradient
-norm of the step. Damaged images are handled in bad_images.py, labels in data/labels.py.
+norm of the step. Damaged images are handled in data/decoding.py, labels in data/labels.py.
 """
 
 from __future__ import annotations

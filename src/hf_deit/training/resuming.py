@@ -28,7 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from ..data.bad_images import BadImages
+from ..data.decoding import BadImages
 from ..errors import Preempted, UserError, first_line, sigterm_raises
 from ..files import read_json
 from ..processes import claim_directory, on_main_process, only_run_in

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, SchedulerType, set_seed
 
 from ..arguments import DataArguments, ModelArguments
-from ..data.loading import is_image_dataset
+from ..data.sources import is_image_dataset
 from ..data.summary import summarize
 from ..data.views import load_views
 from ..errors import UserError, printable, refusals_of_libraries, some_of
