@@ -44,6 +44,16 @@ def _shift_and_scale(mean: tuple[float, ...], std: tuple[float, ...], device: to
     return -center / scale, 1 / (255 * scale)
 
 
+class MixedViews(dict):
+    """A batch as the student sees it, on the device: `pixel_values` and `labels`, as [`Mixing`] returns them.
+
+    Attributes:
+        view_ids: `(batch, 2)` int64, epoch and position of each view; None where the dataset does not tell.
+    """
+
+    view_ids: np.ndarray | None = None
+
+
 class Mixing:
     """Turns a batch of uint8 views and labels into the batch that student and teacher see.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -42,6 +43,23 @@ ACCURACIES = (
     ("eval_distillation_top1", "distillation head", {"color": DISTILLATION}),
     ("eval_ema_top1", "moving average", {"color": OTHER, "linestyle": "--"}),
 )
+
+
+class Report:
+    """The picture of a run; as the last value of a notebook's cell it is shown there.
+
+    Attributes:
+        path: the PNG file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+    def __repr__(self) -> str:
+        return f"report of the run: {self.path}"
 
 
 def plot_run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,6 +36,18 @@ CHOICES = {
     "distillation_type": DISTILLATION_TYPES,
     "kl_reduction": KL_REDUCTIONS,
     "class_weighting": CLASS_WEIGHTINGS,
+}
+# What is computed where it is not given, from other options among others.
+COMPUTED = (
+    *("learning_rate", "lr_scheduler_kwargs", "warmup_epochs", "logging_steps", "eval_steps"),
+    *("metric_for_best_model", "greater_is_better"),
+)
+# What makes an option idle, or is refused beside it: the other option, and the value at which it does not.
+IN_THE_WAY = {
+    "learning_rate": ("base_learning_rate", None),
+    "base_learning_rate": ("learning_rate", None),
+    "warmup_epochs": ("warmup_steps", None),
+    "num_train_epochs": ("max_steps", -1),
 }
 # Of Table 9's 300 epochs; and the largest share of a shorter run that is warm-up unless the user asks for more.
 PAPER_WARMUP_EPOCHS, LONGEST_WARMUP = 5, 0.2
@@ -253,6 +266,7 @@ class DistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        as_given = {name: getattr(self, name) for name in COMPUTED}
         without_effect = self._check_stock_options()
         warmup_steps = self.warmup_steps
         if self.auto_augment in (None, ""):
@@ -279,6 +293,23 @@ class DistillationConfig(TrainingArguments):
             peak = float(self.learning_rate or 0)
             lowest = {} if "min_lr_rate" in given else {"min_lr": self.min_lr}
             self.lr_scheduler_kwargs = {**lowest, "warmup_lr_rate": min(self.warmup_lr / peak, 1.0), **given}
+        self._computed = {name: (value, getattr(self, name)) for name, value in as_given.items()}
+
+    def with_changes(self, changes: Mapping[str, Any]) -> DistillationConfig:
+        """Return the config that these values would have made, had they been given in the place of this config's.
+
+        What follows from an option follows from the new value: the warm-up from `num_train_epochs`, say. What would
+        make a new value idle gives way to it: `max_steps` to `num_train_epochs`.
+
+        Raises:
+            ValueError: as for the class.
+        """
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
+        for name, (given, computed) in self._computed.items():
+            if values[name] == computed:  # else it was set since
+                values[name] = given
+        values |= dict(IN_THE_WAY[name] for name in changes if name in IN_THE_WAY)
+        return type(self)(**values | dict(changes))
 
     def _check_stock_options(self) -> dict[str, str]:
         """Raise for unsupported options of TrainingArguments.

@@ -8,8 +8,11 @@ mixing.py; the model card and the Hub are in publishing.py, checkpoints in resum
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import DistributedType
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
+from transformers.integrations import is_optuna_available
 from transformers.trainer_pt_utils import get_parameter_names
+from transformers.trainer_utils import TrainOutput, number_of_arguments
 
 from ..arguments import ModelArguments
-from ..augmentation.mixing import Mixing, normalize
+from ..augmentation.mixing import MixedViews, Mixing, normalize
 from ..augmentation.repeated_augmentation import RepeatedAugmentationSampler
 from ..data.labels import CheckedLabels, all_labels_of, check_labels, labels_of
 from ..data.views import collate_views
@@ -30,6 +35,8 @@ from ..evaluation.metrics import TopKAccuracy, names_of_metrics, three_head_accu
 from ..losses import distillation_loss, inverse_class_weights
 from ..models.classifiers import Spec
 from ..models.configuration_deit import DeiTConfig
+from ..options.trials import changes_since, check_search, check_trial, refuse_idle, refuse_ineffective
+from ..plots.run import Report, plot_run
 from ..teachers.fingerprint import fingerprint_of_views
 from ..teachers.recording import RecordingTeacher
 from ..teachers.replaying import ReplayedTeacher
@@ -56,6 +63,8 @@ class DistillationTrainer(PublishingTrainer):
     Args:
         model: [`DeiTForImageClassificationWithTeacher`], any classifier of Transformers that returns `logits`, or what
             a student is built from: a directory, a Hub id, "tiny", "small" or "base", or [`ModelArguments`].
+        model_init: in the place of model, a function that returns what model may be; it may take the trial of a
+            hyperparameter search (None outside of one). `train` then begins with a new student each time.
         args: [`DistillationConfig`].
         teacher: a [`Teacher`], or what [`load_teacher`] makes one of. The teacher is not part of the model: it is not
             trained, wrapped, gathered or saved. With `teacher_replay` it is not run in training and may be left out.
@@ -66,8 +75,10 @@ class DistillationTrainer(PublishingTrainer):
         eval_dataset: [`EvalViews`], or a dataset that returns the same; beside a `datasets.Dataset` another one.
         compute_metrics: of Transformers' kind: it gets fused logits `(samples, classes)` and labels. By default the
             accuracy of every head, for which no logits are kept. None: only the loss is measured.
+        preprocess_logits_for_metrics: as for `Trainer`; it gets the fused logits, and needs a compute_metrics.
         mean, std: per channel, to normalise uint8 pixels with; by default those of processing_class.
-        **kwargs: `data_args` and `command`, see [`PublishingTrainer`]; the rest as for `Trainer`.
+        **kwargs: `data_args` and `command`, see [`PublishingTrainer`]; the rest as for `Trainer`, except
+            compute_loss_func, which is refused: a subclass may override [`compute_loss`].
 
     Raises:
         ValueError: the distillation type needs a teacher and there is none; the model's distillation head would stay
@@ -83,16 +94,24 @@ class DistillationTrainer(PublishingTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | ModelArguments | str,
-        args: DistillationConfig,
+        model: PreTrainedModel | ModelArguments | str | None = None,
+        args: DistillationConfig | None = None,
         teacher: Teacher | Spec | None = None,
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         data_collator: Callable = collate_views,
+        model_init: Callable | None = None,
         compute_metrics: Callable | None = three_head_accuracy,
         **kwargs,
     ):
+        if args is None:
+            raise UserError("args is missing: pass a DistillationConfig")
+        run.check_functions(model, model_init, compute_metrics, kwargs)
+        if model_init is not None:
+            set_seed(args.seed)
+            model = model_init(None) if number_of_arguments(model_init) else model_init()
+        self._student = model if isinstance(model, (str, ModelArguments)) else None
         model, teacher, kwargs = run.load_parts(model, args, teacher, kwargs)
         if args.hub_token is not None:
             args.hub_token = UnpickledToken(args.hub_token)
@@ -100,6 +119,7 @@ class DistillationTrainer(PublishingTrainer):
         data_collator = CheckedLabels(data_collator, num_labels)
         with refusals_of_libraries(), clear_hub_errors(args, lambda: "Training has not begun: fix this first"):
             super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
+        self.model_init = model_init  # from now on: the first student is made
         for part, dataset in (("training", self.train_dataset), ("evaluation", self.eval_dataset)):
             check_labels(getattr(dataset, "images", ()), num_labels, part)
         if compute_metrics is three_head_accuracy:
@@ -109,14 +129,25 @@ class DistillationTrainer(PublishingTrainer):
                 raise UserError("mean and std of the pixels are unknown: pass processing_class, or mean and std")
             processor: Any = self.processing_class
             mean, std = processor.image_mean, processor.image_std
+        self._pixels = mean, std
+        self._id2label = dict(model.config.id2label or {})
         self.teacher = self._recorded_or_replayed(teacher.to(args.device) if teacher is not None else None, mean, std)
         self.add_callback(Pace())
         if isinstance(self.teacher, TrainerCallback):
             self.add_callback(self.teacher)
+        self._in_use = copy(args)
+        self._before_search: DistillationConfig | None = None
+        self._for_student: dict[str, Any] = {}  # what a trial sets that no option is
+        self._is_changed = False
+        self._set_up(num_labels)
+
+    def _set_up(self, num_labels: int) -> None:
+        """Make what depends on the settings and lasts for a run."""
+        args = self.args
         self.health = Health(
             num_labels,
             teacher=self.teacher.name if self.teacher is not None else None,
-            id2label=model.config.id2label,
+            id2label=self._id2label,
             quiet=not self.is_world_process_zero(),
         )
         self.class_weights = None
@@ -126,7 +157,7 @@ class DistillationTrainer(PublishingTrainer):
             self.class_weights = weights.to(args.device)
             # The uniform part of smoothed labels weighs all classes, however few their images.
             self.health.guess *= 1 + args.label_smoothing_factor * (weights.mean().item() - 1)
-        self.mixing = Mixing(num_labels, mean, std, **args.mixing_options())
+        self.mixing = Mixing(num_labels, *self._pixels, **args.mixing_options())
         self._loss_sums: dict[str, Tensor] = {}
         self._batches_summed = 0
 
@@ -208,10 +239,12 @@ class DistillationTrainer(PublishingTrainer):
 
     # The loss
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, object]:
-        """Compute the paper's loss of one batch of views and log its parts by name. `num_items_in_batch` is unused."""
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Bring a batch to the device; in training also normalise, erase and mix it."""
+        inputs = super()._prepare_inputs(inputs)
+        return self._mixed(inputs) if self.model.training else inputs
+
+    def _mixed(self, inputs: dict) -> MixedViews:
         self.accuracy = {}  # an accuracy measured before this step no longer describes the weights
         if "bad_images" in inputs:
             self.bad_images.record(inputs.pop("bad_images"))
@@ -219,7 +252,27 @@ class DistillationTrainer(PublishingTrainer):
         if view_seeds is None:  # a dataset other than TrainViews gives its views no seeds
             view_seeds = torch.randint(2**63 - 1, (len(inputs["labels"]),)).numpy()
         pixel_values, labels = self.mixing(inputs["pixel_values"], inputs["labels"], view_seeds)
-        teacher_logits = self.teacher(pixel_values, inputs.get("view_ids")) if self.teacher is not None else None
+        views = MixedViews(pixel_values=pixel_values, labels=labels)
+        views.view_ids = inputs.get("view_ids")
+        return views
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, object]:
+        """Compute the paper's loss of one batch of views and log its parts by name.
+
+        A subclass may override this method. Without a call of this one, no teacher is asked and no part is logged.
+
+        Args:
+            inputs: [`MixedViews`], on the device; `model(**inputs)` is possible. A batch of the loader is mixed first.
+            num_items_in_batch: unused: the loss is a mean over the views.
+
+        Returns:
+            The loss, a scalar in nats, the mean over the batch, and with `return_outputs` what the model returned.
+        """
+        views = inputs if isinstance(inputs, MixedViews) else self._mixed(inputs)
+        pixel_values, labels = views["pixel_values"], views["labels"]
+        teacher_logits = self.teacher(pixel_values, views.view_ids) if self.teacher is not None else None
         outputs = model(pixel_values=pixel_values)
         class_logits = outputs.get("cls_logits", outputs["logits"])
         distillation_logits = outputs.get("distillation_logits")
@@ -249,6 +302,11 @@ class DistillationTrainer(PublishingTrainer):
             self.accelerator.unscale_gradients()
             parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
             grad_norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        if self.args.teacher_record is not None and not self.health.has_seen_a_batch:
+            raise UserError(
+                f"teacher_record is {self.args.teacher_record!r}, and compute_loss of {type(self).__name__} does not "
+                "ask the teacher: call super().compute_loss there, or leave out teacher_record"
+            )
         return self.health.see_step(
             self.state.global_step + 1,
             super()._get_grad_norm(model, grad_norm),
@@ -276,11 +334,172 @@ class DistillationTrainer(PublishingTrainer):
             self._loss_sums, self._batches_summed = {}, 0
         super().log(logs, start_time)
 
+    # Other settings: set on `args` since, or a trial's
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
+        """Train as [`ResumableTrainer`] does, with the settings that `args` has now, or those of a trial."""
+        if trial is not None and resume_from_checkpoint:
+            raise UserError(f"a trial starts from the beginning, not from {resume_from_checkpoint!r}")
+        self._follow_settings(trial)
+        return super().train(resume_from_checkpoint, trial=trial, **kwargs)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], Any] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: Any = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs,
+    ) -> Any:
+        """Search for good settings with optuna: each trial is the run that its values make, weights included.
+
+        Afterwards the trainer is as it was before, with a new student. To train with what was found, set
+        `trainer.args.<name> = <value>` for each of `best.hyperparameters`, and `trainer.train()`.
+
+        Args:
+            hp_space: returns the values of a trial by name: options of [`DistillationConfig`] that affect the weights;
+                and fields of the student (`drop_path_rate`), where the model is given by name or `model_init` reads
+                them from the trial.
+            compute_objective: from the metrics of the trial's last evaluation; by default `eval_loss` to minimise, and
+                `eval_top1` (with another `compute_metrics` the sum of its metrics, as in Transformers) to maximise.
+            n_trials, direction, hp_name, **kwargs: as for `Trainer`.
+            backend: "optuna"; another one is refused.
+
+        Raises:
+            ValueError: the model is neither given by name nor by model_init; an option of the run or of a trial would
+                have no effect, or cannot be searched.
+        """
+        self._follow_settings()
+        check_search(self.args, kwargs, evaluates=self.eval_dataset is not None)
+        if getattr(backend, "value", backend) not in (None, "optuna"):
+            raise UserError(f"backend is {backend!r}, with which trials were never tried: use 'optuna'")
+        if not is_optuna_available():
+            raise UserError("a search needs optuna: pip install optuna")
+        if hp_space is None:
+            raise UserError(
+                "hp_space is missing: pass a function of a trial, such as lambda trial: {'learning_rate': "
+                "trial.suggest_float('learning_rate', 1e-4, 1e-2, log=True)}"
+            )
+        if self.model_init is None and self._student is None:
+            raise UserError(
+                "the model is given as an object, which each trial would train further: give model_init, a function "
+                "that returns a new one, or the model by name"
+            )
+        compute_objective = compute_objective or self._objective(direction)
+        self.model_init = self.model_init or self._named_student
+        self._before_search = self.args.with_changes({})
+        try:
+            return super().hyperparameter_search(
+                hp_space, compute_objective, n_trials, direction, "optuna", hp_name, **kwargs
+            )
+        finally:
+            before, self._before_search, self.hp_search_backend = self._before_search, None, None
+            self._use_settings(before, {})
+            self.state = TrainerState(is_world_process_zero=self.is_world_process_zero())
+            self.model = self.model_wrapped = self.call_model_init().to(self.args.device)
+            self.accuracy = {}
+
+    def _objective(self, direction: str | list[str]) -> Callable[[dict[str, float]], float] | None:
+        if not isinstance(direction, str):
+            raise UserError(f"direction is {direction!r}: with several of them, compute_objective must be given")
+        if direction == "minimize":
+            return lambda metrics: metrics["eval_loss"]
+        return (lambda metrics: metrics["eval_top1"]) if self.compute_metrics is three_head_accuracy else None
+
+    def _named_student(self) -> PreTrainedModel:
+        return run.student_of(self._student, self.train_dataset, self.args.seed, **self._for_student)
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        """Make the student of a run; refuse one that does not fit the run, or lacks what a trial sets."""
+        model: Any = super().call_model_init(trial)
+        if isinstance(model, (str, ModelArguments)):
+            model = run.student_of(model, self.train_dataset, self.args.seed)
+        run.name_classes(model, self._id2label)
+        refuse_ineffective(self._for_student, model.config)
+        teacher: Any = self.teacher
+        run.check_heads_and_teacher(model, self.args, teacher)
+        self.num_model_parameters = sum(parameter.numel() for parameter in model.parameters())
+        set_seed(self.args.seed)  # what follows does not depend on how the student was made
+        return model
+
+    def _follow_settings(self, trial: Any = None) -> None:
+        """Set the run up anew if settings have changed: those of `args`, or in a search those of the trial."""
+        before = self._before_search or self._in_use
+        if trial is None:
+            changes = changes_since(self._in_use, self.args)
+            if not changes:
+                return
+        else:
+            changes = check_trial(self.hp_space(trial), type(self.args))
+        known = {item.name for item in fields(self.args)}
+        options = {name: value for name, value in changes.items() if name in known}
+        for_student = {name: value for name, value in changes.items() if name not in known}
+        if trial is None:
+            for name in for_student:
+                delattr(self.args, name)
+            before = copy(self.args)
+            vars(before).update({name: getattr(self._in_use, name) for name in options})
+        if self.args.teacher_record is not None or self.args.teacher_replay is not None:
+            raise UserError(
+                f"{', '.join(changes)} was set after the trainer was made, which a record of teacher outputs does not "
+                "allow: set it in the DistillationConfig, and make a new trainer"
+            )
+        if for_student and self.model_init is None:
+            if self._student is None:
+                refuse_ineffective(for_student, self.model.config)
+            self.model_init = self._named_student
+        now = before.with_changes(options)
+        refuse_idle(now, options)
+        self._use_settings(now, for_student, options)
+
+    def _use_settings(self, now: DistillationConfig, for_student: dict[str, Any], asked: Collection[str] = ()) -> None:
+        """Set the run up for these settings and fields of the student; those asked for must have an effect."""
+        views = run.views_with(self.train_dataset, self._in_use, now, asked)
+        vars(self.args).clear()
+        vars(self.args).update(vars(now))
+        self.train_dataset, self._for_student = views, for_student
+        self._in_use, self._is_changed = copy(now), True
+        self.set_up_average()
+        vars(self).pop("bad_images", None)  # it is made when first used
+        self._set_up(self.mixing.num_labels)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set up what Transformers sets up for the values of a trial, which `train` has put in place."""
+        super()._hp_search_setup(None)
+        self._trial = trial
+        if self._is_changed:
+            if self.compute_metrics is three_head_accuracy:
+                self._check_best_metric()
+            self._train_batch_size = self.args.train_batch_size
+            self.create_accelerator_and_postprocess()
+            self._is_changed = False
+
     # The whole run
 
     def train_and_save(self) -> dict[str, float]:
         """Train, evaluate, and write all files of the run to `output_dir`; see [`hf_deit.training.run`]."""
         return run.train_and_save(self)
+
+    def report(self) -> Report:
+        """Draw what was logged so far into report.png in `output_dir`; a notebook shows what is returned.
+
+        Raises:
+            ValueError: nothing was logged yet.
+        """
+        if not self.state.log_history:
+            raise UserError("there is nothing to report yet: nothing was logged. Train or evaluate first")
+        report = Report(Path(self.args.output_dir, "report.png"))
+        if self.is_world_process_zero():
+            held_out = self.summary is not None and self.summary.evaluates_on_new_images
+            plot_run(
+                self.state.log_history,
+                report.path,
+                teacher_top1=self.teacher_accuracy.get("teacher_top1"),
+                held_out=held_out,
+            )
+        return report
 
     # Evaluation
 
@@ -319,7 +538,10 @@ class DistillationTrainer(PublishingTrainer):
 
     @torch.no_grad()
     def evaluate_teacher(self) -> dict[str, float]:
-        """Return the teacher's accuracy on the evaluation set, `teacher_top1` and `teacher_top5`, as fractions."""
+        """Return the teacher's accuracy on the evaluation set, `teacher_top1` and `teacher_top5`, as fractions.
+
+        They are logged as `eval_teacher_top1` and so on, beside those of the student.
+        """
         teacher = self.teacher.classifier
         best_classes, labels = [], []
         for batch in self.get_eval_dataloader():
@@ -330,6 +552,7 @@ class DistillationTrainer(PublishingTrainer):
             labels.append(gathered[1].cpu())
         accuracy = TopKAccuracy().compute(predictions=torch.cat(best_classes), references=torch.cat(labels))
         self.teacher_accuracy = {f"teacher_{name}": value for name, value in accuracy.items()}
+        self.log({f"eval_{name}": value for name, value in self.teacher_accuracy.items()})
         return self.teacher_accuracy
 
     def _load_best_model(self) -> None:

@@ -157,6 +157,11 @@ class Health:
             self._teachers_choice.add(teacher_logits)
             self._labels.add(labels.argmax(dim=1) if labels.dim() == 2 else labels)
 
+    @property
+    def has_seen_a_batch(self) -> bool:
+        """Whether `see_batch` was called in this step."""
+        return self._batches > 0
+
     def see_step(
         self,
         step: int,
@@ -184,6 +189,14 @@ class Health:
                 overflowed in 25 steps in a row.
             ValueError: the teacher's logits were the same for each of 1,024 views.
         """
+        if not self.has_seen_a_batch:  # a subclass's own compute_loss
+            norm = float(grad_norm)
+            if not math.isfinite(norm) and scaler is None:
+                raise NonFiniteError(
+                    f"training stopped at step {step}: gradient norm {norm}, learning rate {learning_rate:.3g}. No "
+                    "weight was changed in this step"
+                )
+            return norm
         seen = self._read(grad_norm)
         norm, losses = seen["norm"], {name: seen[name] / self._batches for name in self._losses}
         broken = [name for name in self._broken if seen[f"{name} broken"]]

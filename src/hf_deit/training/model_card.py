@@ -27,7 +27,7 @@ LOSSES = {
 }
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 # Facts that the template shows unchanged, and that are therefore escaped.
-SHOWN_NAMES = ("name", "architecture", "head_fusion", "dataset_terms", "eval_split")
+SHOWN_NAMES = ("name", "architecture", "adapter", "head_fusion", "dataset_terms", "eval_split")
 # Matches an absolute path inside a word, `~/` and `C:\\` included, but not the slashes of `owner/name` or `https://`.
 ABSOLUTE_PATH = re.compile(
     r"""(?<![\w./~])(?:~|[A-Za-z]:)?[\\/](?![\\/])  # where it begins
@@ -50,6 +50,10 @@ class CardFacts:
         crop_ratio: fraction of the shorter side that the evaluation crop keeps; None if unknown.
         head_fusion: head fusion of a model with two heads, else None.
         base_model: checkpoint that training started from: Hub id or path.
+        adapter: kind of PEFT's adapter that was trained, such as "LORA"; None if the model itself was.
+        adapter_parameters: number of parameters that were trained.
+        base_id: with an adapter, argument of `from_pretrained` for the model it belongs to; "" if that has no name.
+        is_ours: whether the model's class is one of hf_deit.
         dataset: registry name, Hub id or path of the dataset.
         dataset_id: Hub id of the dataset, if it has one.
         dataset_terms: terms of the dataset's makers, in a few words.
@@ -85,6 +89,10 @@ class CardFacts:
     crop_ratio: float | None = None
     head_fusion: str | None = None
     base_model: str | None = None
+    adapter: str | None = None
+    adapter_parameters: int = 0
+    base_id: str | None = None
+    is_ours: bool = True
     dataset: str | None = None
     dataset_id: str | None = None
     dataset_terms: str | None = None
@@ -141,9 +149,10 @@ def _front_matter(facts: CardFacts) -> ModelCardData:
     teachers = [hub_id(spec) for spec in (facts.teacher or "").split(" + ")]
     distilled = facts.distillation_type in ("hard", "soft")
     tags = [facts.model_type, "vision", "image-classification", "hf_deit", *facts.tags]
+    tags += [facts.adapter.lower()] if facts.adapter else []
     return ModelCardData(
         model_name=facts.name,
-        library_name="transformers",
+        library_name="peft" if facts.adapter else "transformers",
         pipeline_tag="image-classification",
         license=facts.license,
         datasets=[facts.dataset_id] if facts.dataset_id else None,

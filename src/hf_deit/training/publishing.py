@@ -13,12 +13,15 @@ import shlex
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import auth_check
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, default_logdir
 
 from .. import __version__
 from ..arguments import DataArguments, names_affecting
@@ -26,6 +29,7 @@ from ..data.registry import REGISTRY
 from ..data.summary import DatasetSummary
 from ..errors import UserError
 from ..models.configuration_deit import DeiTConfig
+from ..models.modeling_deit import DeiTPreTrainedModel
 from ..teachers.fingerprint import fingerprint_of_images
 from ..teachers.teacher_outputs import TeacherOutputs
 from .distillation_config import (
@@ -67,6 +71,8 @@ class PublishingTrainer(ResumableTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if self.pop_callback(TensorBoardCallback):
+            self.add_callback(OneEventFile())
         self.summary = summary
         if summary is not None:
             self.add_callback(DatasetFile(summary))
@@ -77,6 +83,28 @@ class PublishingTrainer(ResumableTrainer):
         self.accuracy: dict[str, float] = {}
         self.teacher_accuracy: dict[str, float] = {}
         self.num_model_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        adapter = _adapter_of(self.model)
+        if adapter is not None and not adapter.base_model_name_or_path:
+            logger.warning(
+                "the model is an adapter of weights that have no name, so what is saved cannot be loaded: save the "
+                "base with save_pretrained, load it from there and add the adapter to that; or merge the adapter "
+                "afterwards (merge_and_unload)"
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as Transformers does; beside an adapter of PEFT also the config of the model it belongs to.
+
+        The adapter's own config tells the base, and not the classes and the image size of the run.
+        """
+        super().save_model(output_dir, _internal_call)
+        if (
+            output_dir in (None, self.args.output_dir)
+            and self.args.should_save
+            and _adapter_of(self.model) is not None
+        ):
+            config = copy(self.model.config)
+            config.architectures = [type(_base_of(self.model)).__name__]
+            config.save_pretrained(self.args.output_dir)
 
     def create_model_card(
         self, *, model_name: str | None = None, license: str = "apache-2.0", tags: Sequence[str] = ()
@@ -122,15 +150,16 @@ class PublishingTrainer(ResumableTrainer):
         images = getattr(dataset, "images", None)
         if images is None:
             return "not known"
-        if id(dataset) not in self._digests:
-            self._digests[id(dataset)] = f"{len(images):,} images ({fingerprint_of_images(images)})"
-        return self._digests[id(dataset)]
+        if id(images) not in self._digests:
+            self._digests[id(images)] = f"{len(images):,} images ({fingerprint_of_images(images)})"
+        return self._digests[id(images)]
 
     def _card_facts(self, model_name: str | None, license: str, tags: Sequence[str]) -> CardFacts:
         args, config, data = self.args, self.model.config, self.data_args
         registered = REGISTRY.get(data.dataset_name)
         output_dir = Path(args.output_dir)
         transform = getattr(self.eval_dataset, "transform", None)
+        adapter, base = _adapter_of(self.model), _base_of(self.model)
         teacher = {}
         if self.teacher is not None:
             teacher = {
@@ -141,17 +170,21 @@ class PublishingTrainer(ResumableTrainer):
             }
         return CardFacts(
             name=model_name or (self.hub_model_id or output_dir.absolute().name).split("/")[-1],
-            model_id=self.hub_model_id or (output_dir.name if output_dir.is_absolute() else str(output_dir)),
+            model_id=self.hub_model_id or _named_in_public(str(output_dir)),
             license=license,
             tags=[tags] if isinstance(tags, str) else tags,
             model_type=config.model_type,
-            architecture=" of ".join(filter(None, (type(self.model).__name__, getattr(config, "architecture", None)))),
+            architecture=" of ".join(filter(None, (type(base).__name__, getattr(config, "architecture", None)))),
             num_parameters=self.num_model_parameters,
             num_classes=config.num_labels or 0,
             image_size=getattr(transform, "image_size", None) or getattr(config, "image_size", None),
             crop_ratio=getattr(transform, "crop_ratio", None),
             head_fusion=config.head_fusion if hasattr(self.model, "distillation_classifier") else None,
             base_model=self.model.name_or_path or None,
+            adapter=getattr(adapter.peft_type, "value", str(adapter.peft_type)) if adapter is not None else None,
+            adapter_parameters=sum(each.numel() for each in self.model.parameters() if each.requires_grad),
+            base_id=_named_in_public(adapter.base_model_name_or_path) if adapter is not None else None,
+            is_ours=isinstance(base, DeiTPreTrainedModel),
             dataset=data.dataset_name,
             dataset_id=registered.hub_id if registered else hub_id(data.dataset_name),
             dataset_terms=registered.licence if registered else None,
@@ -235,6 +268,23 @@ class PublishingTrainer(ResumableTrainer):
         self.push_in_progress = None
 
 
+def _named_in_public(path: str | None) -> str:
+    """Return a Hub id or a relative path as it is, and of an absolute path the last part."""
+    path = path or ""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
+def _adapter_of(model: Any) -> Any:
+    """Return the config of the model's active adapter, as PEFT or as Transformers adds one; None if there is none."""
+    configs = getattr(model, "peft_config", None) or {}
+    active = getattr(model, "active_adapter", None)
+    return configs.get(active if isinstance(active, str) else None) or next(iter(configs.values()), None)
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 PAPER_BATCH_SIZE = 1024
 
 
@@ -260,6 +310,30 @@ class DatasetFile(TrainerCallback):
 
     def on_train_begin(self, args: DistillationConfig, state, control, **kwargs):
         self.summary.write(args.output_dir)
+
+
+class OneEventFile(TensorBoardCallback):
+    """Writes one event file a run, also with what is logged after the training, such as the last evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self._given_dir = self.logging_dir
+        self._has_ended = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self._has_ended:  # another run of the same trainer
+            super().on_train_end(args, state, control)
+            self.logging_dir, self._has_ended = self._given_dir, False
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.logging_dir is None:  # an evaluation before the training
+            self.logging_dir = str(Path(args.output_dir, default_logdir()))
+        super().on_log(args, state, control, logs=logs, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Leave the file open; every line is flushed when it is logged."""
+        self._has_ended = True
 
 
 class UnpickledToken(str):

@@ -71,10 +71,8 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.ema = None
-        if self.args.ema_decay is not None:
-            self.ema = ExponentialMovingAverage(self.args.ema_decay)
-            self.add_callback(self.ema)
+        self.ema: ExponentialMovingAverage | None = None
+        self.set_up_average()
         self.preemption = Preemption()
         self.add_callback(self.preemption)
         if self.pop_callback(ProgressCallback):
@@ -83,27 +81,37 @@ class ResumableTrainer(Trainer):
         self._resumed_step: int | None = None
         self.history: list[dict] = []
 
+    def set_up_average(self) -> None:
+        """Have the moving average that `args.ema_decay` asks for, in the place of an earlier one."""
+        if self.ema is not None:
+            self.remove_callback(self.ema)
+        self.ema = None
+        if self.args.ema_decay is not None:
+            self.ema = ExponentialMovingAverage(self.args.ema_decay)
+            self.add_callback(self.ema)
+
     @cached_property
     def bad_images(self) -> BadImages:
         """Damaged images found in training so far."""
         return BadImages(self.args.output_dir, len(self.train_dataset), self.args.max_bad_images)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
         """Train as in Transformers, resuming only from a verified checkpoint.
 
         Args:
             resume_from_checkpoint: directory of a checkpoint; True: the last complete checkpoint in `output_dir`;
                 "auto": the same if `output_dir` holds an unfinished run, else start from the beginning; None: start
                 from the beginning.
+            trial: of a hyperparameter search; its checkpoints lie in a folder of its own inside `output_dir`.
 
         Raises:
             CheckpointError: a checkpoint cannot be written or is damaged; "auto" found a finished run.
             Preempted: the run received SIGTERM and is saved.
         """
         with self.only_run():
-            checkpoint = self._begin_or_resume(str(resume_from_checkpoint or ""))
+            checkpoint = self._begin_or_resume(str(resume_from_checkpoint or ""), self._get_output_dir(trial))
             try:
-                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint=checkpoint, trial=trial, **kwargs)
             finally:
                 self.preemption.end()
                 self._resumed_step = None
@@ -120,9 +128,9 @@ class ResumableTrainer(Trainer):
         with only_run_in(folder) if self.is_world_process_zero() else nullcontext():
             yield
 
-    def _begin_or_resume(self, wanted: str) -> str | None:
-        """Make `output_dir` ready for this run; return the checkpoint from which it resumes, if any."""
-        folder, step = self.args.output_dir, -1
+    def _begin_or_resume(self, wanted: str, folder: str) -> str | None:
+        """Make the run's folder ready for it; return the checkpoint from which it resumes, if any."""
+        step = -1
         on_main_process(lambda: checkpoints.remove_unfinished(folder))
         checkpoint = None
         if wanted:
@@ -132,15 +140,14 @@ class ResumableTrainer(Trainer):
         if checkpoint is not None:
             step = on_main_process(lambda: self._check_and_report_resume(checkpoint))
             self._resumed_step, self.history = step, _history_of(checkpoint)
-        on_main_process(lambda: self._clear_the_way(wanted, step))
+        on_main_process(lambda: self._clear_the_way(wanted, step, folder))
         if checkpoint is None:
             self.bad_images.forget()
             self.history = []
         return checkpoint
 
-    def _clear_the_way(self, wanted: str, step: int) -> None:
-        """Leave in `output_dir` only the checkpoints up to `step`, and no mark of a finished run."""
-        folder = self.args.output_dir
+    def _clear_the_way(self, wanted: str, step: int, folder: str) -> None:
+        """Leave in `folder` only the checkpoints up to `step`, and no mark of a finished run."""
         if step < 0 and wanted == "auto" and checkpoints.is_finished(folder):
             checkpoints.remove_finished(folder)
         moved = checkpoints.set_aside(folder, step)
@@ -177,6 +184,11 @@ class ResumableTrainer(Trainer):
                 raise self._preempted() from None
 
     def _preempted(self) -> Preempted:
+        if self.hp_search_backend is not None:
+            return Preempted(
+                f"stopped by SIGTERM in step {self.state.global_step} of a trial, which is lost. A search with a "
+                "storage, a study_name and load_if_exists=True goes on with the trials that are left"
+            )
         return Preempted(
             f"stopped by SIGTERM after step {self.state.global_step}: the checkpoint is in "
             f"{self.args.output_dir}. Start the same command again to resume from it"

@@ -7,7 +7,9 @@ Each part may be given as an object or by name: a directory, a Hub id or a regis
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from copy import copy
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +17,12 @@ from torch import nn
 from transformers import PreTrainedModel, SchedulerType, set_seed
 
 from ..arguments import DataArguments, ModelArguments
+from ..augmentation.transforms import TrainTransform, build_train_transform
 from ..data.sources import is_image_dataset
 from ..data.summary import summarize
-from ..data.views import load_views
+from ..data.views import TrainViews, load_views
 from ..errors import UserError, printable, refusals_of_libraries, some_of
+from ..evaluation.metrics import three_head_accuracy
 from ..models.class_names import class_names
 from ..models.classifiers import load_pretrained
 from ..models.configuration_deit import SIZES, DeiTConfig
@@ -28,13 +32,19 @@ from ..models.modeling_deit import (
     DeiTPreTrainedModel,
 )
 from ..models.weight_files import check_attention
-from ..plots.run import plot_run
 from ..teachers.teacher import Teacher, load_teacher
 from .distillation_config import LONGEST_WARMUP, PAPER_WARMUP_EPOCHS, DistillationConfig
 
 
 if TYPE_CHECKING:
     from .distillation_trainer import DistillationTrainer
+
+
+# What a training view depends on before it reaches the device.
+VIEW_OPTIONS = (
+    *("auto_augment", "color_jitter", "horizontal_flip", "random_crop", "min_crop_scale"),
+    *("seed", "data_seed"),
+)
 
 
 def load_parts(model: Any, args: DistillationConfig, teacher: Any, options: Mapping[str, Any]) -> tuple:
@@ -53,20 +63,48 @@ def load_parts(model: Any, args: DistillationConfig, teacher: Any, options: Mapp
     """
     options = _with_views(model, args, dict(options))
     train: Any = options.get("train_dataset")
-    if isinstance(model, str):
-        model = ModelArguments(model_size=model) if _is_size(model) else ModelArguments(model_name_or_path=model)
-    if isinstance(model, ModelArguments):
-        names = dict(enumerate(train.images.features["label"].names))
-        set_seed(args.seed)
-        with refusals_of_libraries():  # a missing attention backend, say
-            model = build_student(model, train.transform.image_size, names)
+    if isinstance(model, (str, ModelArguments)):
+        model = student_of(model, train, args.seed)
     if teacher is not None and not isinstance(teacher, Teacher):
         teacher = _teacher_of(teacher, model, args, options) if args.needs_teacher else None
-    _check_heads_and_teacher(model, args, teacher)
+    check_heads_and_teacher(model, args, teacher)
     return model, teacher, options
 
 
-def _check_heads_and_teacher(model: nn.Module, args: DistillationConfig, teacher: Teacher | None) -> None:
+def student_of(name: ModelArguments | str, train: TrainViews, seed: int, **changes: Any) -> DeiTPreTrainedModel:
+    """Build the student that a name or [`ModelArguments`] stands for, for the classes and the size of the images.
+
+    Args:
+        seed: of new weights.
+        changes: fields of `ModelArguments` in the place of what `name` says; others are left out.
+    """
+    if isinstance(name, str):
+        name = ModelArguments(model_size=name) if _is_size(name) else ModelArguments(model_name_or_path=name)
+    known = {item.name for item in fields(ModelArguments)}
+    name = replace(name, **{field: value for field, value in changes.items() if field in known})
+    set_seed(seed)
+    with refusals_of_libraries():  # a missing attention backend, say
+        return build_student(name, train.transform.image_size, dict(enumerate(train.images.features["label"].names)))
+
+
+def check_functions(model: Any, model_init: Any, compute_metrics: Any, options: dict[str, Any]) -> None:
+    """Raise for a function that would be ignored, or fed with what it does not expect."""
+    if (model is None) == (model_init is None):
+        raise UserError(f"{'neither' if model is None else 'both'} of model and model_init given: give one of them")
+    if options.get("compute_loss_func") is not None:
+        raise UserError(
+            "compute_loss_func is not supported: it gets neither the teacher's outputs nor the paper's two terms. "
+            "Override compute_loss in a subclass of DistillationTrainer"
+        )
+    if options.get("preprocess_logits_for_metrics") is not None and compute_metrics is three_head_accuracy:
+        raise UserError(
+            "preprocess_logits_for_metrics is given without compute_metrics: the default metrics keep no logits. Pass "
+            "compute_metrics too"
+        )
+
+
+def check_heads_and_teacher(model: nn.Module, args: DistillationConfig, teacher: Teacher | None) -> None:
+    """Raise a [`UserError`] where the kind of distillation does not fit the student's heads or the teacher."""
     kind = args.distillation_type
     if kind in ("hard", "soft") and teacher is None and args.teacher_replay is None:
         raise UserError(
@@ -84,6 +122,45 @@ def _check_heads_and_teacher(model: nn.Module, args: DistillationConfig, teacher
             "distillation_type is 'none' and the model has a distillation head, which would stay untrained: set "
             "use_distillation_token to false (DeiTForImageClassification), or distillation_type to 'label'"
         )
+
+
+def views_with(dataset: Any, before: DistillationConfig, now: DistillationConfig, asked: Collection[str]) -> Any:
+    """Return the training set with the transform and the seed of other settings; its images stay.
+
+    Args:
+        before: settings with which the training set was made.
+        now: the other settings.
+        asked: names of those that must have an effect.
+
+    Raises:
+        ValueError: the training set was not made from these settings, or a setting has no effect.
+    """
+    old, new = before.transform_options(), now.transform_options()
+    if (old, before.view_seed) == (new, now.view_seed):
+        return dataset
+    names = [name for name in VIEW_OPTIONS if getattr(before, name) != getattr(now, name)]
+    size: Any = getattr(getattr(dataset, "transform", None), "image_size", None)
+    if type(dataset) is not TrainViews or dataset.transform != build_train_transform(size, **old):
+        raise UserError(
+            f"{', '.join(names)} has no effect: train_dataset was made with a transform of its own. Give the images "
+            "by name, or TrainViews with build_train_transform(image_size, **args.transform_options())"
+        )
+    if now.view_seed != before.view_seed != dataset.seed:
+        raise UserError(f"{names[-1]} has no effect: train_dataset was made with another seed than args.view_seed")
+    transform = build_train_transform(size, **new)
+    for name, deciding in (("color_jitter", "auto_augment"), ("min_crop_scale", "random_crop")):
+        if name in names and name in asked and deciding not in asked:
+            other = copy(now)
+            setattr(other, name, getattr(before, name))
+            without = build_train_transform(size, **other.transform_options())
+            if _what_it_does(without) == _what_it_does(transform):
+                value = getattr(now, deciding) or transform.crop
+                raise UserError(f"{name} has no effect: {deciding} is {value!r}. Leave {name} out, or set {deciding}")
+    return TrainViews(dataset.images, transform, now.view_seed if now.view_seed != before.view_seed else dataset.seed)
+
+
+def _what_it_does(transform: TrainTransform) -> TrainTransform:
+    return replace(transform, scale=(1.0, 1.0)) if transform.crop == "padded" else transform
 
 
 def _with_views(model: Any, args: DistillationConfig, options: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +185,7 @@ def _with_views(model: Any, args: DistillationConfig, options: dict[str, Any]) -
         options["summary"] = summarize(views.images)
         print(options["summary"], flush=True)
     if isinstance(model, PreTrainedModel):
-        _name_classes(model, views.id2label)
+        name_classes(model, views.id2label)
     return options | {
         "train_dataset": views.train,
         "eval_dataset": views.eval,
@@ -130,7 +207,7 @@ def _size_of(model: Any) -> dict[str, Any]:
     return {"image_size": size} if isinstance(size, int) else {}
 
 
-def _name_classes(model: PreTrainedModel, id2label: dict[int, str]) -> None:
+def name_classes(model: PreTrainedModel, id2label: dict[int, str]) -> None:
     """Give a model whose classes have no names those of the images; refuse one that has other classes."""
     config: Any = model.config
     own, names = class_names(config.id2label), list(id2label.values())
@@ -215,12 +292,7 @@ def _evaluate_and_save(trainer: DistillationTrainer, train_metrics: dict[str, fl
     held_out = trainer.summary is not None and trainer.summary.evaluates_on_new_images
     if trainer.is_world_process_zero():
         trainer.create_model_card()
-        plot_run(
-            trainer.state.log_history,
-            Path(trainer.args.output_dir, "report.png"),
-            teacher_top1=metrics.get("teacher_top1"),
-            held_out=held_out,
-        )
+        trainer.report()
     trainer.stop_if_preempted()
     if trainer.args.push_to_hub:
         try:
