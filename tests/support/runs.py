@@ -54,7 +54,9 @@ def student(two_heads=True, **fields):
     )
 
 
-def trainer(images, output_dir, model=None, teacher="convnet", callbacks=None, **fields):
+def trainer(
+    images, output_dir, model=None, teacher="convnet", callbacks=None, kind=DistillationTrainer, options=None, **fields
+):
     fields = {
         "output_dir": str(output_dir),
         "use_cpu": True,
@@ -77,7 +79,7 @@ def trainer(images, output_dir, model=None, teacher="convnet", callbacks=None, *
         teacher = load_teacher(
             ConvTeacher(), id2label=None, mean=processor.image_mean, std=processor.image_std, image_size=16
         )
-    return DistillationTrainer(
+    return kind(
         model or student(),
         args,
         teacher,
@@ -85,6 +87,7 @@ def trainer(images, output_dir, model=None, teacher="convnet", callbacks=None, *
         eval_dataset=eval_views,
         processing_class=processor,
         callbacks=callbacks,
+        **options or {},
     )
 
 

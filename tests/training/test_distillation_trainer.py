@@ -25,6 +25,7 @@ from hf_deit import (
     DeiTForImageClassificationWithTeacher,
     DistillationConfig,
     DistillationTrainer,
+    UserError,
     load_teacher,
 )
 from hf_deit.models.classifiers import new_classifier
@@ -227,6 +228,122 @@ def test_total_flos_are_of_the_forward_and_backward_pass(tiny_images, tmp_path):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.train()(pixel_values=pixels).cls_logits.sum().backward()
     assert run.floating_point_ops({"pixel_values": pixels}) == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+# Functions and overrides of the user
+
+
+class Plain(DistillationTrainer):
+    """The override of every Transformers tutorial."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = 3 * F.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class WithPenalty(DistillationTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        return loss + outputs.logits.square().mean()
+
+
+def gradients_of(images, output_dir, kind, **fields):
+    kept = KeepGradients()
+    run = trainer(images, output_dir, callbacks=[kept], kind=kind, max_steps=1, **fields)
+    run.train()
+    return run, kept.steps[0]
+
+
+def first_views(run):
+    """Pixels as the student sees them, computed with NumPy, and the labels."""
+    batch = next(iter(run.get_train_dataloader()))
+    mean, std = (np.array(run._pixels[index]).reshape(3, 1, 1) for index in (0, 1))
+    pixels = (batch["pixel_values"].numpy() / 255 - mean) / std
+    return torch.from_numpy(pixels).float(), batch["labels"]
+
+
+def test_an_override_of_compute_loss_is_the_loss(tiny_images, tmp_path):
+    images = tiny_images()
+    run, gradients = gradients_of(images, tmp_path / "plain", Plain, **NO_CHANCE)
+    pixels, labels = first_views(run)
+    model = student().train()
+    (3 * F.cross_entropy(model(pixel_values=pixels).logits, labels)).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+    _, without = gradients_of(images, tmp_path / "without", DistillationTrainer, **NO_CHANCE)
+    _, gradients = gradients_of(images, tmp_path / "with", WithPenalty, **NO_CHANCE)
+    model.zero_grad()
+    model(pixel_values=pixels).logits.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], without[name] + parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_an_override_of_compute_loss_gets_mixed_views(tiny_images, tmp_path):
+    seen = []
+
+    class Watching(Plain):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(dict(inputs))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    gradients_of(tiny_images(), tmp_path, Watching)
+    assert seen[0].keys() == {"pixel_values", "labels"} and seen[0]["pixel_values"].dtype == torch.float32
+    assert seen[0]["labels"].shape == (8, 3) and (seen[0]["labels"].max(dim=1).values < 1).any()
+
+
+def test_a_loss_without_the_teacher_is_not_recorded(tiny_images, tmp_path):
+    with pytest.raises(UserError, match="teacher_record.*compute_loss of Plain does not ask the teacher"):
+        gradients_of(tiny_images(), tmp_path, Plain, teacher_record=str(tmp_path / "record"))
+
+
+def test_a_non_finite_loss_of_an_override_stops_the_run(tiny_images, tmp_path):
+    class Broken(Plain):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * float("nan")
+
+    with pytest.raises(FloatingPointError, match="step 1: gradient norm nan"):
+        gradients_of(tiny_images(), tmp_path, Broken)
+
+
+def test_logits_are_preprocessed_for_the_metrics(tiny_images, tmp_path):
+    """As in the tutorials that keep the decisions alone: `logits.argmax(-1)`."""
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["decisions"], seen["labels"] = prediction.predictions, prediction.label_ids
+        return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+
+    options = {
+        "compute_metrics": compute_metrics,
+        "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(dim=-1),
+    }
+    run = trainer(tiny_images(), tmp_path, options=options)
+    accuracy = run.evaluate()["eval_accuracy"]
+    with torch.no_grad():
+        batches = [run.model.eval()(normalized(run, batch)).logits.argmax(1) for batch in run.get_eval_dataloader()]
+    decisions = torch.cat(batches).numpy()
+    assert (seen["decisions"] == decisions).all() and seen["decisions"].shape == (20,)
+    assert accuracy == (decisions == np.arange(20) % 3).mean()
+
+
+def normalized(run, batch):
+    mean, std = (torch.tensor(run._pixels[index]).view(3, 1, 1) for index in (0, 1))
+    return (batch["pixel_values"] / 255 - mean) / std
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"compute_loss_func": F.cross_entropy}, "compute_loss_func is not supported.*Override compute_loss"),
+        ({"preprocess_logits_for_metrics": lambda logits, labels: logits}, "Pass compute_metrics too"),
+    ],
+)
+def test_functions_that_would_be_ignored_are_refused(tiny_images, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        trainer(tiny_images(), tmp_path, options=options)
 
 
 # Evaluation

@@ -1,6 +1,8 @@
 """From a run to the Hub and back, over HTTP: what goes up, what stays, and what a failure says."""
 
+import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -10,9 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from support.runs import student, trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hf_deit import DeiTForImageClassificationWithTeacher, UserError
 from hf_deit.data.decoding import BAD_IMAGES_FILE
 
 
@@ -283,3 +290,110 @@ def test_a_push_fails_in_one_line_loses_nothing_and_succeeds_the_second_time(hub
         client("trainer = new(output_dir='late', push_to_hub=True)\ntrainer.train()")
         hub.failures.clear()
         assert "checkpoint was not uploaded to user/late" in (folder / "stderr.txt").read_text()
+
+
+# One event file
+
+
+def event_files(folder):
+    return list(folder.rglob("events.out.tfevents.*"))
+
+
+def scalars(path):
+    events = EventAccumulator(str(path)).Reload()
+    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_run_has_one_event_file_with_its_last_evaluation_and_the_teacher(tiny_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = trainer(tiny_images(), tmp_path / "run", report_to=["tensorboard"], eval_strategy="epoch")
+    before = run.evaluate()
+    results = run.train_and_save()
+    (file,) = event_files(tmp_path)
+    assert tmp_path / "run" in file.parents
+    found = scalars(file)
+    assert found["train/loss"][-1][0] == 6
+    assert [step for step, _ in found["eval/top1"]] == [0, 6, 6]
+    assert found["eval/top1"][0][1] == pytest.approx(before["eval_top1"])
+    assert found["eval/top1"][-1][1] == pytest.approx(results["eval_top1"])
+    assert found["eval/teacher_top1"] == [(6, pytest.approx(results["teacher_top1"]))]
+    run.train()
+    assert len(event_files(tmp_path)) == 2
+
+
+def test_the_report_is_a_picture_that_a_notebook_shows(tiny_images, tmp_path):
+    run = trainer(tiny_images(), tmp_path / "run")
+    with pytest.raises(UserError, match="nothing was logged"):
+        run.report()
+    run.train()
+    report = run.report()
+    assert report._repr_png_() == (tmp_path / "run" / "report.png").read_bytes()
+    assert report._repr_png_().startswith(b"\x89PNG") and "report.png" in repr(report)
+
+
+# Adapters
+
+
+@pytest.fixture
+def adapter(tiny_images, tmp_path, monkeypatch):
+    """A LoRA adapter of a student with other classes, trained and saved in `adapter/`; the base is in `base/`."""
+    monkeypatch.chdir(tmp_path)
+    student(id2label={number: str(number) for number in range(7)}).save_pretrained("base")
+    base = DeiTForImageClassificationWithTeacher.from_pretrained("base", id2label={0: "red", 1: "green", 2: "blue"})
+    heads = ["cls_classifier", "distillation_classifier"]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=heads))
+    images = tiny_images()
+    run = trainer(images, "adapter", model, learning_rate=1e-2)
+    run.train_and_save()
+    Image.open(io.BytesIO(images["eval"][1]["image"]["bytes"])).save("image.jpg", quality=95)
+    return run
+
+
+def test_the_card_of_an_adapter_loads_it(adapter, tmp_path):
+    """The snippet of the card, in a fresh process; its answer is that of the model in memory."""
+    assert not Path("adapter", "model.safetensors").exists()
+    card = ModelCard.load("adapter/README.md")
+    assert card.data.library_name == "peft" and "lora" in card.data.tags
+    assert "LORA adapter of a DeiTForImageClassificationWithTeacher" in card.text
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    assert "import hf_deit" in code
+    code += "\nfor answer in classify('image.jpg'):\n    print(answer['label'], answer['score'])"
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    best, *answers = done.stdout.splitlines()
+    pixels = adapter.processing_class(Image.open("image.jpg"), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = adapter.model.eval()(pixel_values=pixels).logits.softmax(dim=1)[0]
+    names = ["red", "green", "blue"]
+    found = {name: float(score) for name, score in (line.split() for line in answers)}
+    assert best == names[expected.argmax()]
+    assert found == {name: pytest.approx(float(value), abs=1e-5) for name, value in zip(names, expected, strict=True)}
+
+
+def test_an_adapter_merged_into_its_base_loads_into_stock(adapter, tmp_path):
+    merged = adapter.model.merge_and_unload().eval()
+    merged.save_pretrained("merged")
+    code = (
+        "import sys, torch; from transformers import AutoModelForImageClassification as Auto\n"
+        "torch.manual_seed(0); pixels = torch.randn(2, 3, 16, 16)\n"
+        "found = Auto.from_pretrained('merged').eval()(pixel_values=pixels).cls_logits\n"
+        "assert 'hf_deit' not in sys.modules; print(found.tolist())"
+    )
+    environment = dict(os.environ, PYTHONPATH="")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    torch.manual_seed(0)
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.tensor(json.loads(done.stdout)), merged(pixel_values=pixels).cls_logits, rtol=0, atol=1e-5
+        )
+
+
+def test_an_adapter_of_weights_without_a_name_is_warned_of(tiny_images, tmp_path, caplog):
+    model = get_peft_model(student(), LoraConfig(r=4, target_modules=["query"]))
+    run = trainer(tiny_images(), tmp_path / "adapter", model)
+    assert "weights that have no name" in caplog.text
+    run.create_model_card()
+    assert "has no name" in (tmp_path / "adapter" / "README.md").read_text("utf-8")
