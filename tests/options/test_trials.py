@@ -238,7 +238,7 @@ def test_records_of_a_teacher_are_not_searched(tiny_images, tmp_path):
 def test_views_of_another_transform_keep_theirs(tiny_images, tmp_path):
     run = trainer(tiny_images(24, 9), tmp_path)
     run.args.horizontal_flip = 0.0
-    run._follow_settings()
+    run.follow_settings()
     assert run.train_dataset.transform == build_train_transform(16, **run.args.transform_options())
     run.train_dataset = TrainViews(run.train_dataset.images, build_train_transform(16, horizontal_flip=0.9), 1)
     run.args.auto_augment = "none"

@@ -340,7 +340,7 @@ class DistillationTrainer(PublishingTrainer):
         """Train as [`ResumableTrainer`] does, with the settings that `args` has now, or those of a trial."""
         if trial is not None and resume_from_checkpoint:
             raise UserError(f"a trial starts from the beginning, not from {resume_from_checkpoint!r}")
-        self._follow_settings(trial)
+        self.follow_settings(trial)
         return super().train(resume_from_checkpoint, trial=trial, **kwargs)
 
     def hyperparameter_search(
@@ -371,7 +371,7 @@ class DistillationTrainer(PublishingTrainer):
             ValueError: the model is neither given by name nor by model_init; an option of the run or of a trial would
                 have no effect, or cannot be searched.
         """
-        self._follow_settings()
+        self.follow_settings()
         check_search(self.args, kwargs, evaluates=self.eval_dataset is not None)
         if getattr(backend, "value", backend) not in (None, "optuna"):
             raise UserError(f"backend is {backend!r}, with which trials were never tried: use 'optuna'")
@@ -424,7 +424,7 @@ class DistillationTrainer(PublishingTrainer):
         set_seed(self.args.seed)  # what follows does not depend on how the student was made
         return model
 
-    def _follow_settings(self, trial: Any = None) -> None:
+    def follow_settings(self, trial: Any = None) -> None:
         """Set the run up anew if settings have changed: those of `args`, or in a search those of the trial."""
         before = self._before_search or self._in_use
         if trial is None:

@@ -268,6 +268,7 @@ def train_and_save(trainer: DistillationTrainer) -> dict[str, float]:
             done.
         Preempted: the run received SIGTERM and is saved.
     """
+    trainer.follow_settings()  # the banner states them
     with trainer.only_run():
         if trainer.is_world_process_zero():
             print(banner(trainer), flush=True)
