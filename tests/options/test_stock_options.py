@@ -259,7 +259,7 @@ def see_max_grad_norm(setting):
 
 def see_label_smoothing(setting):
     built = setting.build(label_smoothing_factor=0.3, distillation_type="label")
-    batch = built._prepare_inputs(next(iter(built.get_train_dataloader())))
+    batch = next(iter(built.get_train_dataloader()))
     labels = batch["labels"]
     pixels = built.mixing(batch["pixel_values"], labels, batch["view_seeds"])[0]
     with torch.no_grad():

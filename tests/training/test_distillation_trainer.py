@@ -597,7 +597,7 @@ def uneven(images):
 def test_class_weights_are_those_of_the_training_set_and_reach_the_loss(tiny_images, tmp_path):
     built = trainer(uneven(tiny_images()), tmp_path, class_weighting="inverse", **NO_CHANCE)
     torch.testing.assert_close(built.class_weights, 48 / (3 * torch.tensor([40.0, 6.0, 2.0])))
-    batch = built._prepare_inputs(next(iter(built.get_train_dataloader())))
+    batch = next(iter(built.get_train_dataloader()))
     pixels = built.mixing(batch["pixel_values"], batch["labels"], batch["view_seeds"])[0]
     with torch.no_grad():
         loss = built.compute_loss(built.model.eval(), batch)
