@@ -133,8 +133,11 @@ def flush(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there: it is written aside, flushed, and renamed over `path`."""
-    aside = path.with_name(f"_{path.name}.{os.getpid()}")
+    """Write a text file that is whole or not there: it is written aside, flushed, and renamed over `path`.
+
+    For one writer at a time: what a killed one leaves beside the file, the next one replaces.
+    """
+    aside = path.with_name(f"_{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         aside.write_text(text, "utf-8")

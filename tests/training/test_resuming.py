@@ -295,6 +295,48 @@ def test_sigterm_after_the_last_step_keeps_the_training(start, whole, monkeypatc
     assert equal(whole, resumed)
 
 
+@pytest.mark.parametrize("action", [cut, terminate])
+def test_a_run_cut_in_its_final_evaluation_has_its_last_checkpoint(start, monkeypatch, tmp_path, action):
+    """With a limit of 1, where Transformers keeps the best alone once training ends: here the first of the two."""
+    fields = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "ema_decay": None}
+    fields |= {"metric_for_best_model": "eval_loss", "greater_is_better": True, "save_total_limit": 1}
+    whole = start("whole", **fields)
+    whole.train_and_save()
+    run = start("cut", **fields)  # which sets the seed
+    assert whole.state.best_global_step == 6  # else the test shows nothing
+    assert [path.name for path in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-6"]
+    monkeypatch.setattr(run, "save_metrics", lambda *_: action())
+    with pytest.raises(PowerCutError if action is cut else Preempted):
+        run.train_and_save()
+    resumed = start("cut", **fields)
+    monkeypatch.setattr(resumed, "training_step", cut)
+    resumed.train_and_save()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name])
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_the_mark_of_a_finished_run_is_whole_or_not_there(start, monkeypatch, tmp_path):
+    """A run killed while it writes trainer_state.json would be taken for finished, with half a history."""
+    run = start("cut")
+    run.train()
+    write = run.state.save_to_json
+
+    def half(path):
+        write(path)
+        os.truncate(path, 100)
+        cut()
+
+    monkeypatch.setattr(run.state, "save_to_json", half)
+    with pytest.raises(PowerCutError):
+        run.save_state()
+    assert not (tmp_path / "cut" / "trainer_state.json").exists()
+    monkeypatch.undo()
+    run.save_state()
+    assert json.loads((tmp_path / "cut" / "trainer_state.json").read_text())["global_step"] == 12
+    assert not list((tmp_path / "cut").glob("_*"))
+
+
 def test_going_back_to_an_earlier_checkpoint(start, whole, tmp_path, capsys):
     fields = {"save_total_limit": 3}
     with pytest.raises(PowerCutError):

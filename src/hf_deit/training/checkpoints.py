@@ -139,6 +139,14 @@ def set_aside(output_dir: str | os.PathLike, after: int) -> list[Path]:
     return moved
 
 
+def keep_only(output_dir: str | os.PathLike, name: str) -> None:
+    """Remove all checkpoints but the one of this name, if it is there."""
+    if Path(output_dir, name).is_dir():
+        for checkpoint in _checkpoints(Path(output_dir)):
+            if checkpoint.name != name:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def claim_output_dir(args: DistillationConfig) -> None:
     """Lock `output_dir` for this run, and refuse a finished run in it, before anything is loaded.
 

@@ -30,7 +30,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from ..data.decoding import BadImages
 from ..errors import Preempted, UserError, first_line, sigterm_raises
-from ..files import read_json
+from ..files import flush, read_json
 from ..processes import claim_directory, on_main_process, only_run_in
 from . import checkpoints
 from .checkpoints import UNFINISHED, CheckpointError
@@ -204,11 +204,35 @@ class ResumableTrainer(Trainer):
     def _finalize_training(self, trial, num_train_samples, start_time):
         """End training as Transformers does. A run that SIGTERM stops goes on later: it has no summary and no best."""
         if not self.preemption.agreed:
-            return super()._finalize_training(trial, num_train_samples, start_time)
+            # With a limit of 1 Transformers deletes the last checkpoint here, unless it is the best. A run that is
+            # killed in its last evaluation or upload would do all steps since the best again; see `save_state`.
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                return super()._finalize_training(trial, num_train_samples, start_time)
+            finally:
+                self.args.save_total_limit = limit
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self._finish_current_push()
         self.is_in_train = False
         raise self._preempted()
+
+    def save_state(self) -> None:
+        """Write trainer_state.json, whole or not at all, which marks the run as finished.
+
+        With `save_total_limit` 1 and a best model its checkpoint alone is kept from now on.
+        """
+        if not self.args.should_save:
+            return
+        folder, best = Path(self.args.output_dir), self.state.best_model_checkpoint
+        aside = folder / UNFINISHED / TRAINER_STATE_NAME
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        self.state.save_to_json(str(aside))
+        flush(aside)
+        aside.replace(folder / TRAINER_STATE_NAME)
+        flush(folder)
+        checkpoints.remove_unfinished(folder)
+        if best is not None and self.args.save_total_limit == 1:
+            checkpoints.keep_only(folder, Path(best).name)
 
     def _check_and_report_resume(self, checkpoint: str) -> int:
         """Refuse a checkpoint of another run, print where the run resumes, and warn about each difference.
