@@ -1,182 +1,44 @@
 """What three days have in store, done to a short run: `python benchmarks/faults.py [fault ...] [--json FILE]`.
 
 Each fault is injected into a distillation of handwritten digits on recipes/run_distill.py's command line. The table
-says what was seen. Where the same command is then given again, weights, moving average and the loss of each step must
-be those of a run that nobody disturbed, bit for bit. Exit status 1 if a fault was not handled as promised.
+says what was seen. Where the same command is then given again, weights, moving average, losses and evaluations must be
+those of a run that nobody disturbed, bit for bit. Exit status 1 if a fault was not handled as promised.
 
-Everything happens in processes forked from this one, which has imported what they need, but for the ranks of torchrun.
+Here are the faults of disks, networks, processes, numbers and data; those of people are in mistakes.py. Everything
+happens in processes forked from this one, which has imported what they need, but for launchers and torchrun's ranks.
 Kills at random moments, while saving included, are in survival.py.
 """
 
 import argparse
+import errno
 import hashlib
 import io
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+
+import lives
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from disturbed import FAULTY_STEP, Broken, Listed, Row, Run, clear, in_child, promise, undisturbed
+from lives import DIGITS, FOLDER, HUB, SHARD, TEACHER, DistillationTrainer, distill
+from mistakes import MISTAKES
+from PIL import Image
+from support.hub_server import HubHandler, HubListener
+from transformers import AutoModelForImageClassification, TrainerCallback, trainer
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-from support.hub_server import HubHandler, HubListener, HubServer
-
-
-HUB = HubServer().__enter__()
-os.environ.update(HUB.environment, OMP_NUM_THREADS="1")  # what is imported next reads it, once and for all
-
-import psutil  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import survival  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed.run as torchrun  # noqa: E402
-from PIL import Image  # noqa: E402
-from survival import ROOT, SHORT, STUDENT, run_distill, run_teacher, words  # noqa: E402
-from transformers import AutoModelForImageClassification, TrainerCallback, trainer  # noqa: E402
-
-from hf_deit.errors import run_script  # noqa: E402
-
-
-FOLDER = Path(HUB.home.name)  # of everything, removed at the end
-DIGITS, TEACHER = FOLDER / "digits", FOLDER / "teacher"
-SHARD = "train-00003-of-00006.parquet"
-# Of 27, with a checkpoint every 5: to go back to the last one costs two steps or little more.
-FAULTY_STEP = 12
-KINDS = {  # of runs
-    "on disk": {},
-    "streamed": {"dataset_name": "user/digits", "streaming": True, "shuffle_buffer_size": 60},
-    "two ranks": {"per_device_train_batch_size": 32},
-}
-
-
-class Row(NamedTuple):
-    happened: str
-    lost: str
-    noticed: str = ""
-
-
-class Broken(Exception):
-    """A fault was not handled as promised."""
-
-
-def promise(kept: object, what: str) -> None:
-    if not kept:
-        raise Broken(what)
-
-
-def clear(said: str, cause: str, lost: str, noticed: str = "") -> Row:
-    """What a run says at its end is one line for its user, with the cause in it."""
-    promise(said.startswith("error: ") and re.search(cause, said), f"one clear line. It said: “{said}”. Lost: {lost}")
-    return Row(said, lost, noticed)
-
-
-class Run:
-    """A command line, and the process that executes it: a second `start()` gives the same command again."""
-
-    all: list["Run"] = []
-
-    def __init__(self, name: str, kind: str = "on disk", main: Callable = run_distill.main, **keys):
-        self.output, self.log, self.main = FOLDER / name, FOLDER / f"{name.replace('/', ', ')}.log", main
-        keys = {"dataset_name": DIGITS, "teacher": TEACHER, **SHORT, **STUDENT, **KINDS[kind]} | keys
-        self.arguments = [str(ROOT / "recipes/quickstart.yaml"), *words(**keys, output_dir=self.output)]
-        if kind == "two ranks":
-            ranks = ["--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-            self.main, self.arguments = torchrun.main, [*ranks, run_distill.__file__, *self.arguments]
-        self.kind = kind
-        self.log.touch()
-        Run.all.append(self)
-
-    def start(self) -> "Run":
-        def main(arguments: list[str]) -> None:
-            HUB.http.server_close()  # this process's share of it, which would keep the port open
-            run_script(partial(self.main, arguments))
-
-        self.said_before = self.log.stat().st_size
-        self.process = survival.start(main, self.arguments, self.log)
-        return self
-
-    @property
-    def said(self) -> str:
-        """Since the last start."""
-        return self.log.read_bytes()[self.said_before :].decode(errors="replace")
-
-    def find(self, pattern: str) -> str:
-        """The last line like that, without the names of this machine's folders; empty if there is none."""
-        lines = [line for line in self.said.splitlines() if re.search(pattern, line)]
-        return lines[-1].strip().replace(f"{self.output}/", "").replace(f"{FOLDER}/", "") if lines else ""
-
-    @property
-    def last_words(self) -> str:
-        return self.find(r"^(error|\S*Error): ")
-
-    @property
-    def resumed_at(self) -> int:
-        return int((self.find("^going on from .*, after step ") or "0").split()[-1])
-
-    @property
-    def step(self) -> int:
-        """The last one that is done."""
-        return self.resumed_at + self.said.count("\n{'loss':")
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        return sorted(self.output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-    def reaches(self, step: int) -> "Run":
-        end = time.monotonic() + 300
-        while self.step < step:
-            promise(self.process.is_alive() and time.monotonic() < end, f"step {step} within five minutes")
-            time.sleep(0.01)
-        return self
-
-    def ends(self, status: int, seconds: float = 300) -> float:
-        """Waits for it. Returns the seconds it took."""
-        begin = time.monotonic()
-        self.process.join(seconds)
-        promise(self.process.exitcode == status, f"status {status} in {seconds:.0f} s, not {self.process.exitcode}")
-        return time.monotonic() - begin
-
-    def is_undisturbed(self) -> str:
-        different = survival.differences(undisturbed(self.kind), survival.outcome(self.output))
-        promise(not different, f"an end as if nothing had happened: {len(different)} differ, such as {different[:2]}")
-        return "nothing: equal bit for bit"
-
-    def goes_on(self) -> str:
-        """The same command again. Returns what was lost."""
-        step = self.step
-        self.start().ends(status=0)
-        again = max(0, step - self.resumed_at)
-        return f"{self.is_undisturbed()}, {again} step{'s' * (again != 1)} done twice"
-
-
-@cache
-def undisturbed(kind: str) -> dict:
-    run = Run(f"undisturbed, {kind}", kind).start()
-    run.ends(status=0)
-    return survival.outcome(run.output)
-
-
-def prepare() -> None:
-    """The digits, on disk and on our Hub, and a teacher."""
-    DIGITS.mkdir()
-    rows = pq.read_table(survival.write_digits(DIGITS) / "train.parquet")
-    shards = {"test.parquet": (DIGITS / "test.parquet").read_bytes()}
-    for number in range(6):
-        file = io.BytesIO()
-        pq.write_table(rows.slice(100 * number, 100), file, row_group_size=10)
-        shards[SHARD.replace("3", str(number))] = file.getvalue()
-    HUB.add_repo("dataset", "user/digits", shards)
-    arguments = [str(ROOT / "recipes/quickstart_teacher.yaml"), *words(**SHORT, dataset_name=DIGITS)]
-    survival.finish(run_teacher.main, [*arguments, *words(output_dir=TEACHER)], FOLDER / "teacher.log")
+FAULTS = Listed()
 
 
 # The disk
@@ -194,8 +56,7 @@ def fill_disk(name: str, room_for: float, **keys) -> Row:
     one = sum(file.stat().st_size for file in FOLDER.glob("undisturbed, on disk/checkpoint-27/*"))
     disk = FOLDER / name
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(room_for * one)}", "tmpfs", disk]
-    if subprocess.run(mount, capture_output=True).returncode:
+    if not lives.mount(disk, f"size={int(room_for * one)}"):
         return Row("not run: no right to mount a small disk", "")
     try:
         run = Run(f"{name}/run", **keys).start()
@@ -205,39 +66,98 @@ def fill_disk(name: str, room_for: float, **keys) -> Row:
         subprocess.run(["mount", "-o", "remount,size=1G", disk], check=True)
         return clear(said, "space", run.goes_on())
     finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+        lives.unmount(disk)
 
 
+@FAULTS
 def full_disk() -> Row:
     """full disk (tmpfs) while a checkpoint is written"""
     return fill_disk("small", 2.5)
 
 
+@FAULTS
 def full_disk_at_the_end() -> Row:
     """full disk (tmpfs) while the final model is written"""
     return fill_disk("larger", 6.1, save_total_limit=10)
 
 
 def damage_checkpoint(name: str, damage: Callable[[bytes], bytes]) -> Row:
-    run = Run(name).start().reaches(FAULTY_STEP)
-    run.process.kill()
-    run.ends(status=-9)
+    run = Run(name).stopped_by(signal.SIGKILL, FAULTY_STEP)
     file = run.checkpoints[-1] / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     lost = run.goes_on()
-    said = run.find(f"^{file.parent} is passed over: {file.name}")
+    said = run.find(f"^skipping damaged checkpoint .*: {file.name}")
     promise(said, "a warning that names the file")
     return Row(said, lost)
 
 
+@FAULTS
 def truncated_file() -> Row:
     """a checkpoint's weights cut to half, after SIGKILL"""
     return damage_checkpoint("truncated", lambda data: data[: len(data) // 2])
 
 
+@FAULTS
 def flipped_byte() -> Row:
     """a byte of a checkpoint's weights changed, after SIGKILL"""
     return damage_checkpoint("flipped", lambda data: data[:-999] + bytes([data[-999] ^ 1]) + data[-998:])
+
+
+@contextmanager
+def broken_record(name: str, damage: Callable[[bytes], bytes]) -> Iterator[Run]:
+    """A run that replays a record of which the answers were changed."""
+    record = FOLDER / f"{name} record"
+    Run(f"{name} source", teacher_record=record).start().ends(status=0)
+    file = max(record.iterdir(), key=lambda path: path.stat().st_size)
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    run = Run(name, teacher_replay=record).start()
+    run.ends(status=1)
+    yield run
+    file.write_bytes(whole)
+
+
+@FAULTS
+def flipped_bit_in_a_record() -> Row:
+    """a bit of a recorded teacher answer changed"""
+    middle = lambda data: len(data) // 2  # noqa: E731
+    flip = lambda data: data[: middle(data)] + bytes([data[middle(data)] ^ 1]) + data[middle(data) + 1 :]  # noqa: E731
+    with broken_record("flipped record", flip) as run:
+        said = run.last_words
+    return clear(said, "record", run.goes_on(), f"step {run.step}")
+
+
+@FAULTS
+def cut_record() -> Row:
+    """a record cut to half"""
+    with broken_record("cut record", lambda data: data[: len(data) // 2]) as run:
+        said = run.last_words
+    return clear(said, "record", run.goes_on())
+
+
+@FAULTS
+def full_disk_at_the_card() -> Row:
+    """full disk while the model card is written"""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "README.md")
+
+    run = Run("card", main=in_child(distill.main, lambda: setattr(DistillationTrainer, "create_model_card", full)))
+    run.start().ends(status=1)
+    said, run.main = run.last_words, distill.main
+    return clear(said, "the disk is full", run.goes_on())
+
+
+@FAULTS
+def every_checkpoint_damaged() -> Row:
+    """all checkpoints damaged"""
+    run = Run("all damaged").stopped_by(signal.SIGKILL, FAULTY_STEP)
+    for checkpoint in run.checkpoints:
+        (checkpoint / "optimizer.pt").unlink()
+    said = run.is_refused()
+    for checkpoint in run.checkpoints:
+        lives.remove(checkpoint)
+    return clear(said, "are damaged", run.goes_on(), "before training")
 
 
 # The Hub
@@ -254,6 +174,7 @@ def shard_missing() -> Iterator[None]:
         files[SHARD] = file
 
 
+@FAULTS
 def shard_gone() -> Row:
     """a shard of a stream is gone from the Hub in mid-run"""
     run = Run("shard gone", "streamed").start().reaches(FAULTY_STEP)
@@ -262,6 +183,7 @@ def shard_gone() -> Row:
     return clear(run.last_words, SHARD, run.goes_on(), f"{seconds:.1f} s")
 
 
+@FAULTS
 def shard_never_there() -> Row:
     """a shard of a stream, train-00003-of-00006, is missing at the start"""
     run = Run("shard never there", "streamed")
@@ -272,6 +194,7 @@ def shard_never_there() -> Row:
     return Row(said, "nothing" if run.process.exitcode else "its images: trained on the others", "at the start")
 
 
+@FAULTS
 def server_down() -> Row:
     """HTTP server down for 30 s during a stream"""
     run = Run("server down", "streamed").start().reaches(FAULTY_STEP)
@@ -292,6 +215,43 @@ def server_down() -> Row:
     return Row(said + run.find("next try in") + "”", f"{run.is_undisturbed()}, no step done twice")
 
 
+@FAULTS
+def hub_errors() -> Row:
+    """the Hub answers with 503, four times, during a stream"""
+    run = Run("hub errors", "streamed").start().reaches(FAULTY_STEP)
+    HUB.fail_next(4, 503, "train-0000")
+    run.ends(status=0)
+    used = 4 - len(HUB.failures)
+    HUB.failures.clear()
+    said = run.find("next try in|503")
+    promise(used, "it was asked")
+    return Row(f"went on by itself after {used} of them; warned: “{said}”", run.is_undisturbed())
+
+
+@FAULTS
+def cut_answers() -> Row:
+    """six answers of the Hub are cut off in their middle during a stream"""
+    run = Run("cut answers", "streamed").start().reaches(2)
+    HUB.cut_after(200, "", 6)
+    run.ends(status=0)
+    used = 6 - len(HUB.cuts)
+    HUB.cuts.clear()
+    promise(used, "it was asked")
+    return Row(f"went on by itself after {used} of them", run.is_undisturbed())
+
+
+@FAULTS
+def upload_fails() -> Row:
+    """the Hub answers with 500 to the upload at the end"""
+    HUB.repositories.pop(("model", "user/student"), None)
+    HUB.fail_next(50, 500, "preupload")
+    run = Run("upload", push_to_hub=True, hub_model_id="user/student", hub_strategy="end").start()
+    run.ends(status=1)
+    HUB.failures.clear()
+    said = run.last_words
+    return clear(said, "cannot push to .*hf upload user/student", run.is_undisturbed())
+
+
 # Processes
 
 
@@ -305,6 +265,7 @@ def kill_one_of(run: Run, is_the_one: Callable[[psutil.Process], bool]) -> float
     return seconds
 
 
+@FAULTS
 def rank_killed() -> Row:
     """one rank of two killed (SIGKILL)"""
     run = Run("rank killed", "two ranks").start().reaches(FAULTY_STEP)
@@ -314,11 +275,32 @@ def rank_killed() -> Row:
     return Row(f"the other came down too; torchrun said: “{said}”", run.goes_on(), f"{seconds:.1f} s")
 
 
+@FAULTS
 def worker_killed() -> Row:
     """a loader worker killed (SIGKILL)"""
     run = Run("worker killed").start().reaches(FAULTY_STEP)
     seconds = kill_one_of(run, lambda child: "resource_tracker" not in " ".join(child.cmdline()))
     return clear(run.last_words, "worker", run.goes_on(), f"{seconds:.1f} s")
+
+
+@FAULTS
+def launcher_killed() -> Row:
+    """`accelerate launch` killed (SIGKILL)"""
+    run = Run("launcher killed")
+    run.said_before = 0
+    run.process = lives.fresh(run.arguments, run.log, launcher=True)
+    run.reaches(FAULTY_STEP)
+    (child,) = psutil.Process(run.process.pid).children()
+    begin = time.monotonic()
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.join()
+    while (status := lives.bury(child.pid)) is None and time.monotonic() < begin + 60:
+        time.sleep(0.01)
+    seconds = time.monotonic() - begin
+    promise(status == 75, f"status 75 of what it had launched, not {status}")
+    said = run.find("stopped by SIGTERM")
+    promise(said and not lives.all_gone(30), "one line, and nothing left behind")
+    return Row(said, run.goes_on(), f"{seconds:.1f} s")
 
 
 # Numbers
@@ -339,12 +321,13 @@ class TurningNaN(torch.nn.Module):
         return logits
 
 
+@FAULTS
 def teacher_turns_nan() -> Row:
     """a teacher begins to answer NaN"""
     run = Run("teacher turns NaN", teacher="python:__main__:TurningNaN").start()
     run.ends(status=1)
     said = run.last_words
-    run.arguments += words(teacher=TEACHER)
+    run.changed(teacher=TEACHER)
     return clear(said, f"stopped at step {FAULTY_STEP}: teacher 'python", run.goes_on(), "in that step")
 
 
@@ -354,19 +337,36 @@ class Poison(TrainerCallback):
             next(model.parameters()).data.flatten()[0] = torch.nan
 
 
+@FAULTS
 def weight_turns_nan() -> Row:
     """a weight becomes NaN"""
 
-    def poisoned(arguments: list[str]) -> None:
-        trainer.DEFAULT_CALLBACKS.append(Poison)
-        run_distill.main(arguments)
-
-    run = Run("weight turns NaN", main=poisoned).start()
+    poison = in_child(distill.main, lambda: trainer.DEFAULT_CALLBACKS.append(Poison))
+    run = Run("weight turns NaN", main=poison).start()
     run.ends(status=1)
-    said, run.main = run.last_words, run_distill.main
+    said, run.main = run.last_words, distill.main
     return clear(said, f"stopped at step {FAULTY_STEP}: .*not finite: the logits", run.goes_on(), "in that step")
 
 
+class Forgetful(TurningNaN):
+    """The teacher, which returns nothing from the faulty step on."""
+
+    def forward(self, pixels):
+        logits = super().forward(pixels)
+        return None if self.step >= FAULTY_STEP else logits
+
+
+@FAULTS
+def teacher_returns_nothing() -> Row:
+    """a teacher begins to return None"""
+    run = Run("teacher returns None", teacher="python:__main__:Forgetful").start()
+    run.ends(status=1)
+    said = run.last_words
+    run.changed(teacher=TEACHER)
+    return clear(said, "teacher", run.goes_on(), "in that step")
+
+
+@FAULTS
 def learning_rate_too_high() -> Row:
     """a learning rate of 1e30"""
     run = Run("learning rate too high", learning_rate=1e30).start()
@@ -387,6 +387,7 @@ def damages(png: bytes) -> list[bytes | None]:
     return [*cut_short, bytes(500), b"no image", b"<html>404</html>", b"GIF89a" + png[6:], jpeg[:4] + png]
 
 
+@FAULTS
 def damaged_images() -> Row:
     """12 damaged images among the 600 to train on"""
     undisturbed("on disk")
@@ -413,13 +414,7 @@ def damaged_images() -> Row:
     return Row(f"trained to the end; {len(listed)} listed: {reasons}", "these images: their neighbours stood in")
 
 
-FAULTS = {
-    fault.__name__: fault
-    for fault in (
-        *(full_disk, full_disk_at_the_end, truncated_file, flipped_byte, shard_gone, shard_never_there, server_down),
-        *(rank_killed, worker_killed, teacher_turns_nan, weight_turns_nan, learning_rate_too_high, damaged_images),
-    )
-}
+FAULTS |= MISTAKES
 
 
 def main() -> int:
@@ -429,9 +424,7 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.faults) - FAULTS.keys():
         parser.error(f"no such fault: {', '.join(unknown)}. There are {', '.join(FAULTS)}")
-    torch.set_num_threads(1)
-    sys.stdout.reconfigure(line_buffering=True)  # of the runs, too: what they said before they were killed counts
-    prepare()
+    lives.prepare()
 
     rows = []
     try:
@@ -450,8 +443,9 @@ def main() -> int:
             print(f"| {row['fault']} | {happened} | {row['lost']} | {row['noticed']} |")
             print(f"({name}: {time.monotonic() - begin:.0f} s)", file=sys.stderr)
     finally:
-        for run in Run.all:
-            run.process.kill()
+        for process in lives.family():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         HUB.__exit__()
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False))
