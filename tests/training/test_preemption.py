@@ -138,3 +138,34 @@ def test_a_worker_goes_whose_loader_is_killed_while_it_starts(whose, stays):
     if there:
         os.kill(worker, signal.SIGKILL)
     assert there == stays
+
+
+STOPPED_WHILE_TWO_SIGNALS_COME = """
+import os, signal, subprocess, sys, time
+from torch.utils.data import DataLoader
+from hf_deit.training.preemption import outlive_sigterm
+
+init = outlive_sigterm(None)
+batches = iter(DataLoader(range(8), num_workers=1, worker_init_fn=init, multiprocessing_context="fork"))
+next(batches)
+worker = batches._workers[0].pid
+time.sleep(0.5)  # its thread waits for signals
+os.kill(worker, signal.SIGSTOP)
+subprocess.run(["kill", "-TERM", str(worker)], check=True)
+subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {worker}"], stdout=subprocess.DEVNULL)
+print(worker, flush=True)
+sys.unraisablehook = lambda _: None
+sys.modules["kept"] = batches
+"""
+
+
+def test_a_run_ends_whose_workers_got_two_signals_at_once():
+    """The kernel keeps one pending SIGTERM, here the stranger's, and drops that of the worker's own process."""
+    program = [sys.executable, "-c", STOPPED_WHILE_TWO_SIGNALS_COME]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        try:
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    assert not Path(f"/proc/{worker}").exists()

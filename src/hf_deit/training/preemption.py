@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.util import Finalize
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,8 @@ from ..errors import Preempted as Preempted
 
 # Seconds that a data loader worker may outlive its loader when the loader is killed.
 SECONDS_TO_OUTLIVE_THE_LOADER = 5
+# Seconds in which a worker ends that its loader has asked to.
+SECONDS_TO_END = 10
 
 
 class Preemption(TrainerCallback):
@@ -108,8 +112,29 @@ def outlive_sigterm(worker_init_fn: Callable[[int], None] | None) -> Callable[[i
     """Wrap a data loader's `worker_init_fn` so that workers obey SIGTERM only from their own loader.
 
     Slurm sends SIGTERM to every process of a job step, and a worker that dies ends the run before it can save.
+    To be called in the loader's process.
     """
+    global _finalizes
+    if _finalizes != os.getpid():
+        Finalize(None, _end_workers, exitpriority=0)
+        _finalizes = os.getpid()
     return partial(_start_worker, worker_init_fn)
+
+
+_finalizes = -1  # the process that ends its workers at its exit; a forked one has to see to its own
+
+
+def _end_workers() -> None:
+    """End the workers that are left when their process exits, before multiprocessing waits for them.
+
+    Multiprocessing sends SIGTERM once. Where a stranger's SIGTERM, sent to all, is still pending, the kernel drops the
+    second one, the worker outlives the first, and this process would wait for it for ever.
+    """
+    end = time.monotonic() + SECONDS_TO_END
+    while children := [child for child in multiprocessing.active_children() if child.daemon]:
+        for child in children:
+            child.terminate() if time.monotonic() < end else child.kill()
+        children[0].join(0.05)
 
 
 def _start_worker(worker_init_fn: Callable[[int], None] | None, worker_id: int) -> None:
