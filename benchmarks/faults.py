@@ -108,7 +108,7 @@ def broken_record(name: str, damage: Callable[[bytes], bytes]) -> Iterator[Run]:
     """A run that replays a record of which the answers were changed."""
     record = FOLDER / f"{name} record"
     Run(f"{name} source", teacher_record=record).start().ends(status=0)
-    file = max(record.iterdir(), key=lambda path: path.stat().st_size)
+    file = next(path for path in record.iterdir() if path.suffix != ".json")
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
     run = Run(name, teacher_replay=record).start()
@@ -328,7 +328,7 @@ def teacher_turns_nan() -> Row:
     run.ends(status=1)
     said = run.last_words
     run.changed(teacher=TEACHER)
-    return clear(said, f"stopped at step {FAULTY_STEP}: teacher 'python", run.goes_on(), "in that step")
+    return clear(said, f"stopped at step {FAULTY_STEP}: the outputs of teacher 'python", run.goes_on(), "in that step")
 
 
 class Poison(TrainerCallback):

@@ -7,6 +7,7 @@ leave behind (`PR_SET_CHILD_SUBREAPER`), so that nothing can hide from it. Linux
 """
 
 import ctypes
+import faulthandler
 import functools
 import io
 import json
@@ -67,6 +68,7 @@ SHORT = {
     "disable_tqdm": True,
 }
 STUDENT = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "no", "ema_decay": 0.9, "drop_path_rate": 0.1}
+STUDENT["overwrite_output_dir"] = False  # as the quickstart's recipe would
 ON_HUB = {"dataset_name": "user/digits", "streaming": True, "shuffle_buffer_size": 60}
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -146,6 +148,9 @@ def start(main: Callable, arguments: list[str], log: Path, ranks: int = 1, prepa
 
     def process():
         os.setsid()
+        faulthandler.register(signal.SIGUSR1)  # says where a hung run is
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup and in the background, these two are
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored by this process
         HUB.http.server_close()  # this process's share of it, which would keep the port open
         with log.open("a") as file:
             for stream in (1, 2):

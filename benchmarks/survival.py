@@ -144,7 +144,7 @@ class Reference:
         if case.replays:
             source = Run(case._replace(records=True, replays=False), "recording")
             source.finish()
-            more["teacher_replay"] = source.record.rename(FOLDER / f"replayed {abs(hash(str(case)))}")
+            more["teacher_replay"] = source.record.rename(FOLDER / f"replayed {len(list(FOLDER.glob('replayed*')))}")
         self.run = Run(case, "run", **more)
         begin, process = time.perf_counter(), self.run.start()
         self.visits: list[tuple[str, float]] = []  # of phases, and their seconds
@@ -217,6 +217,10 @@ def strike(process, run: Run, how: str, chance: random.Random) -> list[str]:
         send(process, signal.SIGKILL, ranks, chance)
     process.join(120)
     if process.is_alive():
+        for hung in lives.family():
+            with suppress(psutil.NoSuchProcess):
+                hung.send_signal(signal.SIGUSR1)  # a forked one writes its stack
+        time.sleep(1)
         os.killpg(process.pid, signal.SIGKILL)
         return [*problems, f"hung after {how} to {whom}"]
     status = process.exitcode
@@ -364,33 +368,28 @@ def survive(args: argparse.Namespace) -> dict:
     import_seconds = seconds - steps.seconds
     print(f"a new process: {seconds:.1f} s, a forked one {steps.seconds:.1f} s; different: {different or 'nothing'}")
 
-    # One case after the other, each with its share of the trials and of the signals.
+    references = {}
+    for name in args.cases:
+        references[name] = reference = Reference(CASES[name])
+        print(f"{name}: {reference.steps} steps, {reference.seconds:.1f} s undisturbed", flush=True)
     signals = [name for name in args.signals for _ in range(SIGNALS[name])]
     deck: list[str] = []
-    for number, name in enumerate(args.cases):
-        reference = Reference(CASES[name])
-        print(f"{name}: {reference.steps} steps, {reference.seconds:.1f} s undisturbed", flush=True)
-        share = (number + 1) * args.trials // len(args.cases) - len(trials)
-        while share:
-            if not deck:
-                deck = chance.sample(signals, len(signals))
-            how = deck[-1]
-            is_new = how == "LAUNCHER" or len(trials) % 8 == 7
-            one = trial(reference, how, is_new, chance, import_seconds)
-            if one is None:
-                late += 1
-                continue
-            deck.pop()
-            share -= 1
-            trials.append({"case": name, **one})
-            verdict = "; ".join(one["problems"])[:300] or "equal"
-            new_one = "new" if is_new else ""
-            line = f"{len(trials):>4} {new_one:<4}{how:<9}{one['met']:<16}{one['steps_lost']} steps again  {verdict}"
-            print(line, flush=True)
-            result = {"seed": args.seed, "too_late": late, "different_if_new": different, "trials": trials}
-            result["minutes"] = (time.monotonic() - begin) / 60
-            if args.json:
-                args.json.write_text(json.dumps(result, indent=1))
+    while len(trials) < args.trials:
+        name = args.cases[len(trials) % len(args.cases)]
+        deck = deck or chance.sample(signals, len(signals))
+        is_new = deck[-1] == "LAUNCHER" or len(trials) % 8 == 7
+        one = trial(references[name], deck[-1], is_new, chance, import_seconds)
+        if one is None:
+            late += 1
+            continue
+        trials.append({"case": name, **one})
+        verdict = "; ".join(one["problems"])[:300] or "equal"
+        line = f"{len(trials):>4} {'new' if is_new else '':<4}{deck.pop():<9}{one['met']:<16}"
+        print(f"{line}{one['steps_lost']:>2} steps again  {verdict}  ({name})", flush=True)
+        result = {"seed": args.seed, "too_late": late, "different_if_new": different, "trials": trials}
+        result["minutes"] = (time.monotonic() - begin) / 60
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1))
     HUB.__exit__()
     return result
 
