@@ -259,3 +259,37 @@ def test_no_run_outlives_its_launcher(tmp_path, name, ends):
         else:
             time.sleep(1)
             os.kill(run, signal.SIGKILL)  # it is there
+
+
+ADOPTER = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+ctypes.CDLL(None).prctl(15, sys.argv[1].encode(), 0, 0, 0)  # PR_SET_NAME
+if os.fork() == 0:  # the launcher, which dies before its run looks for it
+    run = "import os, time\\nwhile os.getppid() != int(os.environ['ADOPTER']): time.sleep(0.01)\\n" + sys.argv[2]
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "1", "ADOPTER": str(os.getppid())}
+    subprocess.Popen([sys.executable, "-c", run], env=environment)
+    os._exit(0)
+os.wait()
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the names of processes are in /proc")
+@pytest.mark.parametrize("name, status", [("slurmstepd", 75), ("systemd", 75), ("bash", 0)])
+def test_a_run_notices_a_launcher_that_died_while_it_started(name, status):
+    """Its parent is then whoever adopts orphans, which need not be process 1."""
+    program = SCRIPT.format(body="time.sleep(1)", ends=False)
+    done = subprocess.run([sys.executable, "-c", ADOPTER, name, program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == status, done.stderr
+
+
+def test_sigterm_is_not_lost_in_a_callback_that_must_not_raise():
+    """Python drops what a callback of a weak reference raises; an import has some for each module."""
+    body = "import weakref; thing = type('Thing', (), {})()\n    "
+    body += "kept = weakref.ref(thing, lambda _: (os.kill(os.getpid(), 15), time.sleep(0.1)))\n    "
+    body += "del thing; time.sleep(20)"
+    with started(body) as process:
+        begin = time.monotonic()
+        assert process.wait(60) == 75 and time.monotonic() - begin < 15
+        assert process.stderr.read() == "stopped by SIGTERM. Start the same command again\n"

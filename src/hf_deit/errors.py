@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,15 +116,33 @@ def sigterm_raises() -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGTERM, _raise_preempted)
+    hook = sys.unraisablehook
+    sys.unraisablehook = partial(_raise_again, hook)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, _ignore)
+        sys.unraisablehook = hook
 
 
 def _raise_preempted(number, frame) -> None:
     signal.signal(signal.SIGTERM, _ignore)  # a second one must not interrupt what ends the run
     raise Preempted("stopped by SIGTERM. Start the same command again")
+
+
+def _raise_again(hook: Callable, unraisable) -> None:
+    """Send SIGTERM once more when Python has dropped the exception of the first one, and with it the end of the run.
+
+    The handler may interrupt a callback of a weak reference (each import has some) or a `__del__`, which must not
+    raise. Nor may this hook, so the signal comes a little later.
+    """
+    if not isinstance(unraisable.exc_value, Preempted):
+        hook(unraisable)
+        return
+    signal.signal(signal.SIGTERM, _raise_preempted)
+    timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
 
 
 def _ignore(number, frame) -> None:
@@ -148,6 +167,8 @@ LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_USE_REGIONAL_COM
 LAUNCHER = re.compile(
     rb"(.*/)?(accelerate|accelerate-launch|torchrun)|accelerate\.commands\..*|torch\.distributed\..*"
 )
+# Names of processes that adopt the children of one that died, besides process 1. None of them starts ranks itself.
+ADOPTERS = ("systemd", "slurmstepd", "containerd-shim", "conmon", "tini", "dumb-init", "catatonit", "supervisord")
 PR_SET_PDEATHSIG = 1
 
 
@@ -161,14 +182,15 @@ def _watch_launcher() -> None:
     parent = os.getppid()
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0")[:4]
+        adopted = parent == 1 or Path(f"/proc/{parent}/comm").read_text().strip() in ADOPTERS
     except OSError:  # it died a moment ago
-        words = []
+        words, adopted = [], False
     is_launcher = any(LAUNCHER.fullmatch(word) for word in words)
     if is_launcher:
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent or (parent == 1 and not is_launcher):  # it died before it was watched
+    if os.getppid() != parent or (adopted and not is_launcher):  # it died before it was watched
         os.kill(os.getpid(), signal.SIGTERM)
 
 
