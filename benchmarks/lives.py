@@ -70,7 +70,7 @@ SHORT = {
 STUDENT = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "no", "ema_decay": 0.9, "drop_path_rate": 0.1}
 STUDENT["overwrite_output_dir"] = False  # as the quickstart's recipe would
 ON_HUB = {"dataset_name": "user/digits", "streaming": True, "shuffle_buffer_size": 60}
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_CHILD_SUBREAPER, PR_SET_NAME = 36, 15
 
 
 def words(**keys) -> list[str]:
@@ -79,7 +79,8 @@ def words(**keys) -> list[str]:
 
 def prepare() -> None:
     """The digits, on disk and on our Hub, and a teacher. This process becomes the one that adopts orphans."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_NAME, b"slurmstepd", 0, 0, 0)  # whom a run knows to adopt orphans
     torch.set_num_threads(1)
     sys.stdout.reconfigure(line_buffering=True)  # of the runs, too: what they said before they were killed counts
     datasets.disable_progress_bars()
