@@ -61,6 +61,8 @@ TESTED_WITH = {
     "teachers/fingerprint.py": "teachers/record.py",
     "teachers/recording.py": "teachers/record.py",
     "teachers/replaying.py": "teachers/record.py",
+    # A record on its way through the Hub, there and back.
+    "teachers/record_source.py": "commands/record.py",
 }
 
 
@@ -145,7 +147,7 @@ def test_rooms_are_small_and_the_front_hall_shows_at_one_glance():
     assert len(entries) <= 18
     assert {path.name for path in entries if path.is_dir()} == set(ROOMS)
     for name in ROOMS:
-        most = 12 if name == "commands" else 10  # one for each command
+        most = 13 if name == "commands" else 10  # one for each command: `record` is the thirteenth
         assert len([path for path in MODULES if room(path) == name]) <= most, f"{name} wants a split"
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": "a checkpoint from or to the formats of the Hub, timm and the authors",
     "options": "every key of a recipe, as Markdown",
     "export": "a trained model as one ONNX or torch.export file",
+    "record": "publish recorded teacher outputs on the Hub",
 }
 HELP = """usage: hf-deit <command> [arguments]     (hf-deit <command> --help says more)
 

@@ -72,6 +72,44 @@ def _raised_for_a_library(error: Exception) -> bool:
     return bool(packages) and bool({"transformers", "accelerate"} & set(packages[-1].parts))
 
 
+@contextmanager
+def clear_hub_errors(name: str, advice: Callable[[], str], mend: str) -> Iterator[None]:
+    """Turn errors raised inside huggingface_hub while something is pushed into a one-line [`UserError`].
+
+    Args:
+        name: of the repository.
+        advice: returns what to do next, the end of the message.
+        mend: what to do where the token may not write, such as "set hub_model_id to <your name>/<model>".
+    """
+    try:
+        yield
+    except Exception as error:  # httpx, xet and huggingface_hub have dozens of unrelated types
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any("huggingface_hub" in Path(frame.filename).parts for frame in frames):
+            raise
+        raise UserError(f"cannot push to {name!r} on the Hub: {why_of_hub(error, mend)}. {advice()}") from error
+
+
+def why_of_hub(error: BaseException, mend: str) -> str:
+    """Return why an upload failed, in one line; `mend` as for [`clear_hub_errors`]."""
+    while error.__cause__ is not None and not hasattr(error, "response") and not isinstance(error, ValueError):
+        error = error.__cause__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    lines = [line.strip().rstrip(".: ") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # The first line of an HTTP error is enough; errors about names and front matter need all lines.
+    reason = lines[0] if status else ": ".join(lines)
+    if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
+        reason = "the token is missing or not valid: run `hf auth login`, or set HF_TOKEN"
+    elif status in (403, 404):
+        reason = (
+            "the token may not write there: the name belongs to somebody else, or the token is read-only; "
+            f"{mend}, or use a token with write permission"
+        )
+    elif status is None and not isinstance(error, ValueError):
+        reason = f"the connection failed ({reason})"
+    return reason
+
+
 def run_script(main: Callable[[], object]) -> None:
     """Run a script's `main`; a [`UserError`] becomes one line on stderr and exit status 1.
 

@@ -235,15 +235,16 @@ class Answers(nn.Module):
 def record_and_replay(directory, logits, kind="soft", top_k=100):
     """What comes back of the logits of one batch."""
     views = np.stack([np.zeros(len(logits), int), np.arange(len(logits))], axis=1)
-    same = {"directory": directory, "kind": kind, "batch_size": len(logits)}
+    same = {"kind": kind, "batch_size": len(logits)}
 
     def fingerprint():
         return {"classes": logits.shape[1]} | dict.fromkeys(("images", "views of a step", BATCH), len(logits))
 
-    recording = RecordingTeacher(Answers(logits), fingerprint, top_k=top_k, device=torch.device("cpu"), **same)
+    options = {"directory": directory, "top_k": top_k, "device": torch.device("cpu")}
+    recording = RecordingTeacher(Answers(logits), fingerprint, **options, **same)
     assert recording(None, views) is logits
     recording.commit(1)
-    return ReplayedTeacher(fingerprint, **same)(torch.empty(1), views)
+    return ReplayedTeacher(fingerprint, record=directory, **same)(torch.empty(1), views)
 
 
 def test_the_rest_of_the_probability_is_spread_evenly(tmp_path, caplog):
@@ -645,13 +646,14 @@ def test_a_teacher_that_answers_in_the_same_memory_is_recorded_batch_by_batch(tm
     def fingerprint():
         return {"classes": 3, "images": 8, "views of a step": 8, BATCH: 4}
 
-    same = {"directory": tmp_path / "record", "kind": "soft", "batch_size": 4}
-    recording = RecordingTeacher(Answers(logits), fingerprint, top_k=3, device=torch.device("cpu"), **same)
+    same = {"kind": "soft", "batch_size": 4}
+    options = {"directory": tmp_path / "record", "top_k": 3, "device": torch.device("cpu")}
+    recording = RecordingTeacher(Answers(logits), fingerprint, **options, **same)
     for number in range(2):
         logits.fill_(number)
         recording(None, views[4 * number : 4 * number + 4])
     recording.commit(1)
-    replayed = ReplayedTeacher(fingerprint, **same)
+    replayed = ReplayedTeacher(fingerprint, record=tmp_path / "record", **same)
     for number in range(2):
         assert (replayed(torch.empty(1), views[4 * number : 4 * number + 4]) == number).all()
 

@@ -250,16 +250,36 @@ def _read_footer(file: str) -> pq.FileMetaData:
 def _read_with_retries(file: str, read: Callable[[BinaryIO], T]) -> T:
     remote = "://" in file
     options = {"cache_type": "none"} if remote else {}  # StreamedImages keeps what is read
+
+    def open_and_read() -> T:
+        filesystem, path = fsspec.core.url_to_fs(file)
+        with filesystem.open(path, "rb", **options) as stream:
+            return read(cast(BinaryIO, _WholeRanges(stream)) if hasattr(stream, "size") else stream)
+
+    try:
+        return with_retries(file, open_and_read) if remote else open_and_read()
+    except Exception as error:  # each client library and each kind of broken response raises its own exceptions
+        raise UserError(f"cannot read {file!r}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def with_retries(name: str, read: Callable[[], T]) -> T:
+    """Return what `read` returns; if it fails, try again for five minutes, unless it would fail the same way.
+
+    Args:
+        name: what is read, for the log.
+        read: reads something over a network.
+
+    Raises:
+        Exception: that of the last try.
+    """
     for wait in (*RETRY_WAITS, None):
         try:
-            filesystem, path = fsspec.core.url_to_fs(file)
-            with filesystem.open(path, "rb", **options) as stream:
-                return read(cast(BinaryIO, _WholeRanges(stream)) if hasattr(stream, "size") else stream)
-        except Exception as error:  # each client library and each kind of broken response raises its own exceptions
-            if not remote or wait is None or _is_final(error):
-                raise UserError(f"cannot read {file!r}: {type(error).__name__}: {first_line(error)}") from error
+            return read()
+        except Exception as error:  # see _read_with_retries
+            if wait is None or _is_final(error):
+                raise
             reason = first_line(error)
-            logger.warning("reading %r failed (%s: %s); next try in %d s", file, type(error).__name__, reason, wait)
+            logger.warning("reading %r failed (%s: %s); next try in %d s", name, type(error).__name__, reason, wait)
             time.sleep(wait)
     raise AssertionError("the last try raises")
 
@@ -298,7 +318,7 @@ class _WholeRanges:
 
 
 def _is_final(error: Exception) -> bool:
-    """True if another try would fail the same way: no such file, no permission, not a parquet file."""
+    """True if another try would fail the same way: no such file, no permission, no parquet file, our own refusal."""
     status = getattr(getattr(error, "response", None), "status_code", None) or 0
     refused = 400 <= status < 500 and status not in (408, 429)  # request timeout, too many requests
-    return refused or isinstance(error, (FileNotFoundError, PermissionError, pa.ArrowInvalid))
+    return refused or isinstance(error, (FileNotFoundError, PermissionError, pa.ArrowInvalid, UserError))

@@ -33,6 +33,7 @@ import logging
 import math
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -86,6 +87,7 @@ class Header:
         teacher: `name`, `sha256`, `num_parameters`, and the `device` that the teacher ran on.
         fingerprint: see [`fingerprint_of_views`].
         versions: version by library.
+        data: keys of a recipe that name the images, with their values; not compared. None: not known.
     """
 
     kind: str
@@ -95,6 +97,7 @@ class Header:
     fingerprint: dict[str, Any]
     versions: dict[str, str]
     format: int = FORMAT
+    data: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, directory: Path) -> Header:
@@ -120,17 +123,18 @@ class Header:
             good &= isinstance(header.fingerprint, dict) and isinstance(header.versions, dict)
             good &= teacher["name"] == printable(teacher["name"])
             good &= all(type(n := header.fingerprint[name]) is int and 0 < n < 2**40 for name in _COUNTS)
+            good &= header.data is None or all(map(_is_setting, header.data, header.data.values()))
         except FileNotFoundError as error:
             raise UserError(
                 f"{str(directory)!r} holds no {HEADER}: name a directory that was written by teacher_record, on a "
                 "file system that all processes share"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{str(path)!r} cannot be read: {printable(str(error))}") from error
         if not good:
             raise UserError(
-                f"{str(path)!r} is damaged: a value of kind, top_k, steps, teacher, fingerprint or versions is out of "
-                "range or of the wrong type. Copy the record again, or record anew"
+                f"{str(path)!r} is damaged: a value of kind, top_k, steps, teacher, fingerprint, versions or data is "
+                "out of range or of the wrong type. Copy the record again, or record anew"
             )
         return header
 
@@ -158,6 +162,11 @@ class Header:
     @property
     def views_per_epoch(self) -> int:
         return self.steps_per_epoch * self.fingerprint["views of a step"]
+
+    @property
+    def num_epochs(self) -> int:
+        """Number of files with answers: that of the epochs whose views are recorded, the last perhaps in part."""
+        return -(-self.steps // self.steps_per_epoch)
 
     @property
     def bytes_per_epoch(self) -> int:
@@ -195,6 +204,16 @@ class Header:
         return f"{steps:,} steps = {steps / self.steps_per_epoch:.4g} epochs"
 
 
+def _is_setting(name: object, value: object) -> bool:
+    """Whether both may stand in a recipe that is printed."""
+    texts = [part for part in (name, value) if isinstance(part, str)]
+    return (
+        isinstance(name, str)
+        and isinstance(value, (str, int, float, bool, type(None)))
+        and (all(text == printable(text) and len(text) < 1000 for text in texts))
+    )
+
+
 def is_recorded(directory: str | os.PathLike, epochs: float) -> bool:
     """Return True if `directory` holds a record of at least `epochs` epochs.
 
@@ -210,6 +229,67 @@ def is_recorded(directory: str | os.PathLike, epochs: float) -> bool:
 def checksum(epoch: int, first: int, rows: np.ndarray) -> bytes:
     """Return the checksum of the rows of one batch, which begins at position `first`."""
     return hashlib.blake2b(f"{epoch} {first} ".encode() + rows.tobytes(), digest_size=CHECKSUM.itemsize).digest()
+
+
+def missing_in(rows: np.ndarray, epoch: int, first: int) -> str | None:
+    """Say which of the views of a batch, which begins at position `first`, was not recorded; None: all were."""
+    missing = np.flatnonzero(rows["decision"] == 0)
+    return f"no teacher outputs for position {first + missing[0]} of epoch {epoch}" if len(missing) else None
+
+
+def damage_of(rows: np.ndarray, header: Header, epoch: int, first: int, stored: np.void) -> str | None:
+    """Say how the rows of a batch differ from what was recorded; None: they do not.
+
+    Args:
+        rows: of the batch, which begins at position `first`.
+        stored: the checksum that stands in the file.
+    """
+    if stored.tobytes() != checksum(epoch, first, rows):
+        return f"the checksum of positions {first} to {first + len(rows) - 1} of epoch {epoch} is another"
+    classes = header.fingerprint["classes"]
+    if rows["decision"].max() > classes or (
+        "classes" in (rows.dtype.names or ()) and rows["classes"].max() >= classes
+    ):
+        return f"a row from position {first} on has a class above {classes - 1}"
+    return None
+
+
+def map_epoch(path: Path, header: Header) -> tuple[np.ndarray, np.ndarray]:
+    """Map the file of one epoch into memory: its rows, and the checksum of each batch.
+
+    Raises:
+        OSError, ValueError: the file is missing, or has another size.
+    """
+    batches = header.views_per_epoch // header.fingerprint[BATCH]
+    rows = np.memmap(path, header.dtype, "r", shape=header.views_per_epoch)
+    return rows, np.memmap(path, CHECKSUM, "r", rows.nbytes, shape=batches)
+
+
+def problem_in(path: Path, header: Header, epoch: int) -> str | None:
+    """Read the recorded views of an epoch, and say what is wrong with the first bad batch; None: all are well.
+
+    Raises:
+        OSError, ValueError: the file is missing, or has another size.
+    """
+    size, (rows, checksums) = header.fingerprint[BATCH], map_epoch(path, header)
+    views = (header.steps - epoch * header.steps_per_epoch) * header.fingerprint["views of a step"]
+    for number in range(min(views // size, len(checksums))):
+        first = number * size
+        batch = np.array(rows[first : first + size])
+        if problem := missing_in(batch, epoch, first) or damage_of(batch, header, epoch, first, checksums[number]):
+            return problem
+    return None
+
+
+def size_problem(path: Path, header: Header) -> str | None:
+    """Say why a file cannot be the one of an epoch, from its type and size; None: it can."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not stat.S_ISREG(found.st_mode) or found.st_size != header.bytes_per_epoch:
+        return f"has {found.st_size:,} bytes, expected {header.bytes_per_epoch:,}: the file is damaged"
+    return None
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:

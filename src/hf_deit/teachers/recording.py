@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ class RecordingTeacher(TrainerCallback):
         top_k: number of logits kept per view, for "soft".
         batch_size: views in a batch of one device.
         device: device that the teacher runs on, which affects the precision of its outputs.
+        data: keys of a recipe that name the images, for whoever gets the record; not compared.
 
     Raises:
         ValueError: the directory holds the record of another run, other files or links, or cannot be written; there
@@ -56,6 +58,7 @@ class RecordingTeacher(TrainerCallback):
     """
 
     replays: str | None = None
+    record: str | None = None
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class RecordingTeacher(TrainerCallback):
         top_k: int,
         batch_size: int,
         device: torch.device,
+        data: Mapping[str, Any] | None = None,
     ):
         self.teacher = teacher
         self.name, self.sha256, self.num_parameters = teacher.name, teacher.sha256, teacher.num_parameters
@@ -87,7 +91,7 @@ class RecordingTeacher(TrainerCallback):
                     "teacher_record"
                 )
             kept = min(top_k, views["classes"]) if kind == "soft" else None
-            return self._begin(Header(kind, kept, 0, facts, views, versions_here()))
+            return self._begin(Header(kind, kept, 0, facts, views, versions_here(), data=dict(data or {})))
 
         self.header = on_main_process(begin)
         Header.read(self.directory)  # on every rank, to check that all ranks share the file system

@@ -1,32 +1,36 @@
-"""Replaying: reads teacher outputs from a record instead of running the teacher."""
+"""Replaying: reads teacher outputs from a record instead of running the teacher.
+
+Not here: where the record lies, and how it gets onto this machine (record_source.py).
+"""
 
 from __future__ import annotations
 
 import math
 import os
-import stat
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
 from ..errors import UserError
 from ..processes import on_main_process
 from .record import (
-    CHECKSUM,
     HEADER,
     Header,
-    answers_file,
-    checksum,
+    damage_of,
     differences,
     first_of_batch,
+    map_epoch,
+    missing_in,
     versions_here,
     warn,
     warn_of_approximation,
 )
+from .record_source import LocalRecord, RecordSource, source_of
 from .teacher import Teacher
 
 
@@ -35,92 +39,89 @@ class ReplayedTeacher(TrainerCallback):
 
     Args:
         fingerprint: returns the fingerprint of the run (see [`fingerprint_of_views`]); called on one process.
-        directory: directory of the record.
+        record: directory of the record, or `owner/name` of one on the Hub, perhaps with `@<branch, tag or commit>`.
         kind: "hard" or "soft", the distillation type.
         batch_size: views in a batch of one device.
         teacher: the recorded teacher, optional, to report its accuracy.
+        commit: commit of a record on the Hub that the run goes on with; by default that of the branch. Called on one
+            process.
 
     Attributes:
         name: name of the recorded teacher.
         sha256: fingerprint of the teacher's weights.
         num_parameters: number of parameters of the teacher.
         replays: name of the replayed outputs, for messages.
+        record: name of a record on the Hub and its commit; None for one in a directory.
         classifier: the teacher itself if given, else None; it is run in evaluations only.
 
     Raises:
-        ValueError: the record is missing, damaged or of another run; `kind` is "soft" and the record holds decisions
-            only; `teacher` is not the recorded one; when training starts, the run is longer than the record.
+        ValueError: the record is missing, damaged or of another run, or cannot be fetched; `kind` is "soft" and the
+            record holds decisions only; `teacher` is not the recorded one; when training starts, the run is longer
+            than the record.
     """
 
     def __init__(
         self,
         fingerprint: Callable[[], dict],
         *,
-        directory: str | os.PathLike,
+        record: str | os.PathLike,
         kind: str,
         batch_size: int,
         teacher: Teacher | None = None,
+        commit: Callable[[str], str | None] = lambda record: None,
     ):
-        self.directory = Path(directory)
         self.classifier = teacher
         self.batch_size = batch_size
         self.decides = kind == "hard"
-        self.header = on_main_process(lambda: self._open(fingerprint()))
+
+        def open_on_main() -> tuple[Header, str | None]:
+            source = source_of(record, commit(str(record)))
+            return self._open(source, fingerprint), source.commit
+
+        self.header, found = on_main_process(open_on_main)
+        self.source = source_of(record, found)
+        self.record = None if found is None else record_at(self.source.name, found)
         self.name = self.header.teacher["name"]
         self.sha256 = self.header.teacher["sha256"]
         self.num_parameters = self.header.teacher["num_parameters"]
         self.replays = "decisions" if self.decides else self.header.what
-        self._check_sizes()  # on every rank
+        if isinstance(self.source, LocalRecord):
+            self.source.check_files(self.header)  # on every rank, to check that all ranks share the file system
         if not self.decides and self.header.kind == "hard":
             raise UserError(
-                f"distillation_type is 'soft', but teacher_replay {str(self.directory)!r} holds the teacher's "
+                f"distillation_type is 'soft', but teacher_replay {self.source.shown!r} holds the teacher's "
                 "decisions only: use 'hard', or record anew with distillation_type 'soft'"
             )
         if teacher is not None and teacher.sha256 != self.sha256:
             raise UserError(
                 f"teacher {teacher.name!r} has the weights {teacher.sha256}, but teacher_replay "
-                f"{str(self.directory)!r} holds outputs of {self.name!r} with the weights {self.sha256}: set teacher "
+                f"{self.source.shown!r} holds outputs of {self.name!r} with the weights {self.sha256}: set teacher "
                 "to the recorded one, or leave it out"
             )
         if not self.decides:
             warn_of_approximation(self.header)
         self._rows: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch; its rows and checksums, mapped
 
-    def _open(self, fingerprint: dict) -> Header:
-        header = Header.read(self.directory)
+    def _open(self, source: RecordSource, views: Callable[[], dict]) -> Header:
+        header, fingerprint = source.header(), views()
         if changes := differences(header.fingerprint, fingerprint):
             raise UserError(
-                f"teacher_replay {str(self.directory)!r} holds teacher outputs for other views: {changes}. Use the "
+                f"teacher_replay {source.shown!r} holds teacher outputs for other views: {changes}. Use the "
                 "recorded settings, or record anew with teacher_record"
             )
         if header.kind == "soft" and header.top_k > fingerprint["classes"]:
             raise UserError(
-                f"{str(self.directory / HEADER)!r} is damaged: top_k is {header.top_k}, above the number of classes"
+                f"{HEADER!r} of {source.shown} is damaged: top_k is {header.top_k}, above the number of classes"
             )
         for library, here in versions_here().items():
             if header.versions.get(library, here) != here:
                 warn(
                     "teacher_replay %r was recorded with %s %r, but this run uses %r: pixel values may differ by 1 of "
                     "255 from those that the teacher saw",
-                    *(str(self.directory), library, header.versions[library], here),
+                    *(source.shown, library, header.versions[library], here),
                 )
+        source.check_files(header)
         return header
-
-    def _check_sizes(self) -> None:
-        header, expected = self.header, self.header.bytes_per_epoch
-        for epoch in range(-(-header.steps // header.steps_per_epoch)):
-            path = answers_file(self.directory, epoch)
-            try:
-                found = path.stat()
-            except OSError as error:
-                raise UserError(
-                    f"{str(path)!r} cannot be read ({error.strerror}): copy the record again, or record anew"
-                ) from error
-            if not stat.S_ISREG(found.st_mode) or found.st_size != expected:
-                raise UserError(
-                    f"{str(path)!r} has {found.st_size:,} bytes, expected {expected:,}: the file is damaged. Copy "
-                    "the record again, or record anew"
-                )
 
     def commit(self, steps: int) -> None:
         """Do nothing, because nothing is recorded; see [`TeacherOutputs`]."""
@@ -128,7 +129,7 @@ class ReplayedTeacher(TrainerCallback):
     def describe(self) -> str:
         """Return one line for the banner of a run."""
         run = "not in memory" if self.classifier is None else "run in evaluations only"
-        return f"{self.name}, its {self.replays} replayed from {self.directory}; {run}"
+        return f"{self.name}, its {self.replays} replayed from {self.source.shown}; {run}"
 
     def __call__(self, pixel_values: Tensor, view_ids: np.ndarray | None = None) -> Tensor:
         """Return the teacher outputs: int64 decisions `(batch,)` for "hard", else float32 logits `(batch, classes)`.
@@ -156,43 +157,54 @@ class ReplayedTeacher(TrainerCallback):
         recorded = self.header.steps
         if state.max_steps > recorded:
             raise UserError(
-                f"this run takes {self.header.epochs(state.max_steps)}, but teacher_replay {str(self.directory)!r} "
+                f"this run takes {self.header.epochs(state.max_steps)}, but teacher_replay {self.source.shown!r} "
                 f"holds {self.header.epochs(recorded)}: shorten this run, or resume the recording run"
             )
+        if state.global_step >= state.max_steps:
+            return
+        first = state.global_step // self.header.steps_per_epoch
+        self.source.begin(self.header, first, (state.max_steps - 1) // self.header.steps_per_epoch)
+        if self.record is not None:
+            _on_each_host(lambda: self.source.file(first))
 
     def _read(self, epoch: int, first: int) -> np.ndarray:
         if self._rows is None or self._rows[0] != epoch:
+            file = self.source.file(epoch)
             try:
-                file, views = answers_file(self.directory, epoch), self.header.views_per_epoch
-                mapped = np.memmap(file, self.header.dtype, "r", shape=views)
-                checksums = np.memmap(file, CHECKSUM, "r", mapped.nbytes, shape=views // self.batch_size)
+                self._rows = epoch, *map_epoch(file, self.header)
             except (OSError, ValueError) as error:
                 raise UserError(
-                    f"teacher_replay {str(self.directory)!r} has no teacher outputs for epoch {epoch} ({error}): "
+                    f"teacher_replay {self.source.shown!r} has no teacher outputs for epoch {epoch} ({error}): "
                     "resume the recording run, or shorten this run"
                 ) from error
-            self._rows = epoch, mapped, checksums
-        rows = np.array(self._rows[1][first : first + self.batch_size])
-        missing = np.flatnonzero(rows["decision"] == 0)
-        if len(missing):
+        _, mapped, checksums = self._rows
+        rows = np.array(mapped[first : first + self.batch_size])
+        if missing := missing_in(rows, epoch, first):
             raise UserError(
-                f"teacher_replay {str(self.directory)!r} has no teacher outputs for position {first + missing[0]} of "
-                f"epoch {epoch}: resume the recording run, or shorten this run"
+                f"teacher_replay {self.source.shown!r} has {missing}: resume the recording run, or shorten this run"
             )
-        if self._rows[2][first // self.batch_size].tobytes() != checksum(epoch, first, rows):
-            raise UserError(
-                f"{str(answers_file(self.directory, epoch))!r} is damaged: the checksum of positions {first} to "
-                f"{first + self.batch_size - 1} of epoch {epoch} is another. Copy the record again, or record anew"
-            )
-        classes = self.header.fingerprint["classes"]
-        if rows["decision"].max() > classes or (
-            "classes" in (rows.dtype.names or ()) and rows["classes"].max() >= classes
-        ):
-            raise UserError(
-                f"{str(answers_file(self.directory, epoch))!r} is damaged: a row from position {first} on has "
-                f"a class above {classes - 1}. Copy the record again, or record anew"
-            )
+        if damage := damage_of(rows, self.header, epoch, first, checksums[first // self.batch_size]):
+            raise UserError(f"{str(self.source.file(epoch))!r} is damaged: {damage}. {self.source.advice}")
         return rows
+
+
+def record_at(name: str, commit: str) -> str:
+    """Return how a checkpoint names a record on the Hub, `owner/name[@revision]`, and the commit that is replayed."""
+    return f"{name} at commit {commit}"
+
+
+def _on_each_host(action: Callable[[], object]) -> None:
+    """Run `action` on one process of each host, while the others wait; its [`UserError`] reaches every rank."""
+    problem = None
+    if PartialState().is_local_main_process:
+        try:
+            action()
+        except UserError as error:
+            problem = error
+    problems = gather_object([problem])
+    if error := next(filter(None, problems), None):
+        error.said_by_main_process = not PartialState().is_main_process  # one line is enough
+        raise error
 
 
 def _to(device: torch.device, values: np.ndarray) -> Tensor:

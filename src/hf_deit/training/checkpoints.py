@@ -336,6 +336,19 @@ def facts_of(checkpoint: str | os.PathLike) -> dict:
     return facts if isinstance(facts, dict) else {}
 
 
+def facts_to_resume(output_dir: str | os.PathLike, wanted: str) -> dict:
+    """Return the facts of the checkpoint that a run would resume from, which is not verified here; empty for none.
+
+    Args:
+        output_dir, wanted: as for [`checkpoint_to_resume`].
+    """
+    if wanted.lower() not in ("auto", "true"):
+        return facts_of(wanted)
+    if wanted.lower() == "auto" and is_finished(output_dir):
+        return {}
+    return next(map(facts_of, reversed(_checkpoints(Path(output_dir)))), {})
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, oldest first."""
     found = {

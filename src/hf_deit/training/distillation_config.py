@@ -104,7 +104,8 @@ class DistillationConfig(TrainingArguments):
     )
     teacher_replay: str | None = option(
         None,
-        "Train from teacher outputs recorded in this directory. Set `teacher` as well only to report its accuracy.",
+        "Train from recorded teacher outputs: a directory, or a dataset on the Hub that `hf-deit record push` has "
+        "published, <owner>/<name>[@<branch, tag or commit>]. Set `teacher` as well only to report its accuracy.",
         affects="machine",
     )
     teacher_top_k: int = option(

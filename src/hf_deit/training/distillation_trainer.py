@@ -30,7 +30,7 @@ from ..augmentation.mixing import MixedViews, Mixing, normalize
 from ..augmentation.repeated_augmentation import RepeatedAugmentationSampler
 from ..data.labels import CheckedLabels, all_labels_of, check_labels, labels_of
 from ..data.views import collate_views
-from ..errors import UserError, refusals_of_libraries
+from ..errors import UserError, clear_hub_errors, refusals_of_libraries
 from ..evaluation.metrics import TopKAccuracy, names_of_metrics, three_head_accuracy, top_classes
 from ..losses import distillation_loss, inverse_class_weights
 from ..models.classifiers import Spec
@@ -45,7 +45,7 @@ from ..teachers.teacher_outputs import TeacherOutputs
 from . import run
 from .distillation_config import DistillationConfig
 from .health import Health, Pace
-from .publishing import PublishingTrainer, UnpickledToken, clear_hub_errors
+from .publishing import NAME_IT_YOURS, PublishingTrainer, UnpickledToken, keys_of_images, name_on_hub
 
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,8 @@ class DistillationTrainer(PublishingTrainer):
             args.hub_token = UnpickledToken(args.hub_token)
         num_labels = int(model.config.num_labels or 0)
         data_collator = CheckedLabels(data_collator, num_labels)
-        with refusals_of_libraries(), clear_hub_errors(args, lambda: "Training has not begun: fix this first"):
+        advice = "Training has not begun: fix this first"
+        with refusals_of_libraries(), clear_hub_errors(name_on_hub(args), lambda: advice, NAME_IT_YOURS):
             super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
         self.model_init = model_init  # from now on: the first student is made
         for part, dataset in (("training", self.train_dataset), ("evaluation", self.eval_dataset)):
@@ -169,7 +170,12 @@ class DistillationTrainer(PublishingTrainer):
         kind, batch_size = args.distillation_type, args.train_batch_size
         if args.teacher_replay is not None:
             return ReplayedTeacher(
-                fingerprint, directory=args.teacher_replay, kind=kind, batch_size=batch_size, teacher=teacher
+                fingerprint,
+                record=args.teacher_replay,
+                kind=kind,
+                batch_size=batch_size,
+                teacher=teacher,
+                commit=self._commit_before,
             )
         if args.teacher_record is not None:
             return RecordingTeacher(
@@ -180,6 +186,7 @@ class DistillationTrainer(PublishingTrainer):
                 top_k=args.teacher_top_k,
                 batch_size=batch_size,
                 device=args.device,
+                data=keys_of_images(self.data_args),
             )
         return teacher
 

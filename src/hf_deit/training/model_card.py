@@ -67,6 +67,7 @@ class CardFacts:
         teacher_sha256: fingerprint of the teacher's weights, 16 hexadecimal digits.
         teacher_replayed: kind of teacher outputs that were replayed from a record, such as "decisions"; None if the
             teacher was run in training.
+        teacher_record: name of the record on the Hub that was replayed, and its commit; None for one on a disk.
         metrics: `eval_top1`, `eval_class_top1`, `teacher_top5`, ... as fractions in [0, 1], measured with the weights
             that are published with the card.
         settings: this run's value and the paper's, by name, for settings that differ.
@@ -109,6 +110,7 @@ class CardFacts:
     teacher_sha256: str | None = None
     teacher_parameters: int | None = None
     teacher_replayed: str | None = None
+    teacher_record: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, tuple[object, object]] = field(default_factory=dict)
     ema_decay: float | None = None
@@ -130,6 +132,7 @@ def build_model_card(facts: CardFacts) -> ModelCard:
         accuracies=accuracy_rows(facts.metrics),
         dataset=as_text(public_name(facts.dataset)),
         teacher=as_text(public_name(facts.teacher)),
+        teacher_record=_link_to_record(facts.teacher_record) or "the record of an earlier run",
         base_model=as_text(public_name(facts.base_model)),
         taught_before=[
             "; ".join(f"{as_text(name)} {as_text(public_name(value))}" for name, value in entry.items())
@@ -143,6 +146,14 @@ def build_model_card(facts: CardFacts) -> ModelCard:
         # longer than any run of backticks inside, which would end the code block
         fence="`" * max([3, *(1 + len(ticks) for ticks in re.findall("`+", command))]),
     )
+
+
+def _link_to_record(record: str | None) -> str | None:
+    if record is None:
+        return None
+    name, _, commit = record.partition(" at commit ")
+    repository = name.partition("@")[0]
+    return f"[{repository}](https://huggingface.co/datasets/{repository}/tree/{commit})"
 
 
 def _front_matter(facts: CardFacts) -> ModelCardData:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import re
 import shlex
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import fields
 from importlib.metadata import version
@@ -27,11 +26,13 @@ from .. import __version__
 from ..arguments import DataArguments, names_affecting
 from ..data.registry import REGISTRY
 from ..data.summary import DatasetSummary
-from ..errors import UserError
+from ..errors import clear_hub_errors, why_of_hub
 from ..models.configuration_deit import DeiTConfig
 from ..models.modeling_deit import DeiTPreTrainedModel
 from ..teachers.fingerprint import fingerprint_of_images
+from ..teachers.replaying import record_at
 from ..teachers.teacher_outputs import TeacherOutputs
+from . import checkpoints
 from .distillation_config import (
     BASE_BATCH_SIZE,
     PAPER_BASE_LEARNING_RATE,
@@ -39,11 +40,13 @@ from .distillation_config import (
     DistillationConfig,
     settings_of,
 )
-from .model_card import CardFacts, build_model_card, hub_id
+from .model_card import CardFacts, build_model_card, hub_id, public_name
 from .resuming import ResumableTrainer
 
 
 logger = logging.getLogger(__name__)
+
+NAME_IT_YOURS = "set hub_model_id to <your name>/<model>"
 
 
 class PublishingTrainer(ResumableTrainer):
@@ -134,8 +137,22 @@ class PublishingTrainer(ResumableTrainer):
         names = set(names_affecting(DataArguments, "views", "weights")) - {"dataset_name", "data_dir"}
         data |= {name: getattr(self.data_args, name) for name in sorted(names)}
         history = self.history if taught_by in self.history else [*self.history, taught_by]
-        facts = {"data": data, "teacher": {"teacher": taught_by["teacher"]}, "history": history}
+        teacher = {"teacher": taught_by["teacher"]}
+        if self.teacher is not None and self.teacher.record is not None:
+            teacher["record"] = self.teacher.record
+        facts = {"data": data, "teacher": teacher, "history": history}
         return super()._facts_of_run() | json.loads(json.dumps(facts, default=str))
+
+    def _commit_before(self, record: str) -> str | None:
+        """Return the commit of a record on the Hub with which the last checkpoint in `output_dir` was trained.
+
+        None if there is no unfinished run, or it replayed another record: the branch says the commit then.
+        """
+        facts = checkpoints.facts_to_resume(self.args.output_dir, self.args.resume_from_checkpoint or "auto")
+        teacher = facts.get("teacher")
+        before = str(teacher.get("record")) if isinstance(teacher, dict) else ""
+        found = re.fullmatch(re.escape(record_at(record, "")) + "([0-9a-f]{40})", before)
+        return found[1] if found else None
 
     def _taught_by(self) -> dict[str, str]:
         """Return the names of the training set and the teacher, and what tells them from others of the same name."""
@@ -167,6 +184,7 @@ class PublishingTrainer(ResumableTrainer):
                 "teacher_sha256": self.teacher.sha256,
                 "teacher_parameters": self.teacher.num_parameters,
                 "teacher_replayed": self.teacher.replays,
+                "teacher_record": self.teacher.record,
             }
         return CardFacts(
             name=model_name or (self.hub_model_id or output_dir.absolute().name).split("/")[-1],
@@ -236,14 +254,15 @@ class PublishingTrainer(ResumableTrainer):
         self.save_model(_internal_call=True)
         self.create_model_card(**{name: value for name, value in kwargs.items() if name in ("license", "tags")})
         with clear_hub_errors(
-            self.args,
+            name_on_hub(self.args),
             lambda: f"The model is saved in {self.args.output_dir}; upload it again: {self._upload_command()}",
+            NAME_IT_YOURS,
         ):
             return super().push_to_hub(*args, **kwargs)
 
     def _upload_command(self) -> str:
         args = self.args
-        words = ["hf", "upload", self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name]
+        words = ["hf", "upload", self.hub_model_id or name_on_hub(args)]
         words += [args.output_dir, ".", "--exclude", "checkpoint-*", "--exclude", "_*"]
         words += ["--private"] * bool(args.hub_private_repo)
         words += ["--revision", args.hub_revision] if args.hub_revision else []
@@ -264,7 +283,9 @@ class PublishingTrainer(ResumableTrainer):
         super()._finish_current_push()
         push = getattr(self, "push_in_progress", None)
         for error in filter(None, (job.exception() for job in push.jobs)) if push else ():
-            logger.warning("a checkpoint was not uploaded to %s: %s", self.hub_model_id, _why(error))
+            logger.warning(
+                "a checkpoint was not uploaded to %s: %s", self.hub_model_id, why_of_hub(error, NAME_IT_YOURS)
+            )
         self.push_in_progress = None
 
 
@@ -312,6 +333,24 @@ class DatasetFile(TrainerCallback):
         self.summary.write(args.output_dir)
 
 
+def keys_of_images(data: DataArguments) -> dict[str, object]:
+    """Return the keys of a recipe that say which images are trained on, without directories of this machine.
+
+    Empty for images that have no name.
+    """
+    if not data.dataset_name:
+        return {}
+    names = set(names_affecting(DataArguments, "views")) - {"data_dir"}
+    defaults = {item.name: item.default for item in fields(DataArguments)}
+    kept = {name: getattr(data, name) for name in sorted(names) if getattr(data, name) != defaults[name]}
+    return kept | {"dataset_name": public_name(data.dataset_name), "image_size": data.image_size}
+
+
+def name_on_hub(args: DistillationConfig) -> str:
+    """Return the name of the repository that a run is pushed to: `hub_model_id`, or that of its directory."""
+    return args.hub_model_id or Path(args.output_dir).absolute().name
+
+
 class OneEventFile(TensorBoardCallback):
     """Writes one event file a run, also with what is logged after the training, such as the last evaluation."""
 
@@ -341,35 +380,3 @@ class UnpickledToken(str):
 
     def __reduce__(self):
         return str, ("",)
-
-
-@contextmanager
-def clear_hub_errors(args: DistillationConfig, advice: Callable[[], str]) -> Iterator[None]:
-    """Turn errors raised inside huggingface_hub into a one-line UserError with `advice`; pass other errors on."""
-    try:
-        yield
-    except Exception as error:  # httpx, xet and huggingface_hub have dozens of unrelated types
-        frames = traceback.extract_tb(error.__traceback__)
-        if not any("huggingface_hub" in Path(frame.filename).parts for frame in frames):
-            raise
-        name = args.hub_model_id or Path(args.output_dir).absolute().name
-        raise UserError(f"cannot push to {name!r} on the Hub: {_why(error)}. {advice()}") from error
-
-
-def _why(error: BaseException) -> str:
-    while error.__cause__ is not None and not hasattr(error, "response") and not isinstance(error, ValueError):
-        error = error.__cause__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    lines = [line.strip().rstrip(".: ") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # The first line of an HTTP error is enough; errors about names and front matter need all lines.
-    reason = lines[0] if status else ": ".join(lines)
-    if status == 401 or type(error).__name__ == "LocalTokenNotFoundError":
-        reason = "the token is missing or not valid: run `hf auth login`, or set HF_TOKEN"
-    elif status in (403, 404):
-        reason = (
-            "the token may not write there: the name belongs to somebody else, or the token is read-only; set "
-            "hub_model_id to <your name>/<model>, or use a token with write permission"
-        )
-    elif status is None and not isinstance(error, ValueError):
-        reason = f"the connection failed ({reason})"
-    return reason
