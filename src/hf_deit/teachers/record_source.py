@@ -58,7 +58,7 @@ class RecordSource(Protocol):
         name: as `teacher_replay` says it.
         commit: of a record on the Hub, 40 hexadecimal digits; else None.
         shown: for messages: the name, and of a record on the Hub the commit.
-        advice: what to do about a damaged file.
+        advice: what to do about a file that is damaged on this machine.
     """
 
     name: str
@@ -137,17 +137,20 @@ class HubRecord:
         ValueError: the Hub has no such repository or revision, it holds no record, or it cannot be reached.
     """
 
+    advice = "Start the same command again: the file is fetched anew"
+
     def __init__(self, name: str, commit: str | None = None):
         self.name = name
         self.repository, _, revision = name.partition("@")
+        self.commit = commit
         if commit is None:
             found: Any = self._ask(HEADER, lambda: self._download(HEADER, revision or None, dry_run=True))
             if found.file_size is not None and found.file_size > MEBIBYTE:
                 raise UserError(f"{HEADER} of {self.repository!r} on the Hub has {found.file_size:,} bytes: no record")
             commit = str(found.commit_hash)
-        self.commit: str | None = commit
+            self.commit = commit
         self.shown = f"{self.repository} at commit {commit[:7]}"
-        self.advice = (
+        self._published = (
             f"It was published so: tell its owner, or name another revision, {self.repository}@<branch, tag or commit>"
         )
         self._header: Header | None = None
@@ -171,11 +174,11 @@ class HubRecord:
         sizes = {entry.path: getattr(entry, "size", None) for entry in entries}
         for name in names:
             if name not in sizes:
-                raise UserError(f"{self.shown} holds no {name!r}, which {HEADER} promises. {self.advice}")
+                raise UserError(f"{self.shown} holds no {name!r}, which {HEADER} promises. {self._published}")
             if sizes[name] != header.bytes_per_epoch:
                 raise UserError(
                     f"{name!r} of {self.shown} has {sizes[name]:,} bytes, expected {header.bytes_per_epoch:,}: the "
-                    f"file is damaged. {self.advice}"
+                    f"file is damaged. {self._published}"
                 )
 
     def begin(self, header: Header, first: int, last: int) -> None:
@@ -192,7 +195,11 @@ class HubRecord:
         """Return the file of one epoch, fetched and verified; then the next is fetched in the background."""
         self._start(epoch)
         fetch = self._fetches.get(epoch)
-        path = fetch.result() if fetch is not None else self._fetch_epoch(epoch)
+        try:
+            path = fetch.result() if fetch is not None else self._fetch_epoch(epoch)
+        except BaseException:
+            self._fetches.pop(epoch, None)  # whoever asks again may be luckier
+            raise
         self._start(epoch + 1)
         return path
 
@@ -212,7 +219,7 @@ class HubRecord:
             path = self._fetch(name, force_download=True)
             problem = self._problem_in(path, epoch)
         if problem is not None:
-            raise UserError(f"{name!r} of {self.shown} is damaged: {problem}. {self.advice}")
+            raise UserError(f"{name!r} of {self.shown} is damaged: {problem}. {self._published}")
         return path
 
     def _problem_in(self, path: Path, epoch: int) -> str | None:
@@ -263,7 +270,7 @@ class HubRecord:
             ) from error
 
     def _why_not(self, what: str, error: Exception) -> str:
-        said = f"teacher_replay {self.name!r}"
+        said, at = f"teacher_replay {self.name!r}", f": {self.commit}" if self.commit else ""
         if isinstance(error, OfflineModeIsEnabled):
             return (
                 f"{said} is no directory, and {what} of it is not in the cache, while HF_HUB_OFFLINE is set: unset it"
@@ -278,7 +285,7 @@ class HubRecord:
                 "name; for a private one run `hf auth login`, or set HF_TOKEN"
             )
         if isinstance(error, RevisionNotFoundError):
-            return f"{said}: {self.repository!r} on the Hub has no such branch, tag or commit"
+            return f"{said}: {self.repository!r} on the Hub has no such branch, tag or commit{at}"
         if what == HEADER:
             return (
                 f"{said}: the dataset {self.repository!r} on the Hub holds no {HEADER}, so it is no record of teacher "

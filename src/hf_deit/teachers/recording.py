@@ -58,7 +58,7 @@ class RecordingTeacher(TrainerCallback):
     """
 
     replays: str | None = None
-    record: str | None = None
+    record_on_hub: str | None = None
 
     def __init__(
         self,

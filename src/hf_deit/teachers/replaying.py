@@ -51,7 +51,7 @@ class ReplayedTeacher(TrainerCallback):
         sha256: fingerprint of the teacher's weights.
         num_parameters: number of parameters of the teacher.
         replays: name of the replayed outputs, for messages.
-        record: name of a record on the Hub and its commit; None for one in a directory.
+        record_on_hub: name and commit of a record on the Hub; None for one in a directory.
         classifier: the teacher itself if given, else None; it is run in evaluations only.
 
     Raises:
@@ -80,7 +80,7 @@ class ReplayedTeacher(TrainerCallback):
 
         self.header, found = on_main_process(open_on_main)
         self.source = source_of(record, found)
-        self.record = None if found is None else record_at(self.source.name, found)
+        self.record_on_hub = None if found is None else record_at(self.source.name, found)
         self.name = self.header.teacher["name"]
         self.sha256 = self.header.teacher["sha256"]
         self.num_parameters = self.header.teacher["num_parameters"]
@@ -164,7 +164,7 @@ class ReplayedTeacher(TrainerCallback):
             return
         first = state.global_step // self.header.steps_per_epoch
         self.source.begin(self.header, first, (state.max_steps - 1) // self.header.steps_per_epoch)
-        if self.record is not None:
+        if self.record_on_hub is not None:
             _on_each_host(lambda: self.source.file(first))
 
     def _read(self, epoch: int, first: int) -> np.ndarray:

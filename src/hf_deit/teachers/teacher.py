@@ -125,7 +125,7 @@ class Teacher(nn.Module):
     """
 
     replays: str | None = None
-    record: str | None = None
+    record_on_hub: str | None = None
 
     def __init__(
         self,

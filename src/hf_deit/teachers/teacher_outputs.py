@@ -19,14 +19,14 @@ class TeacherOutputs(Protocol):
         num_parameters: of its networks together.
         classifier: the network, where it is in memory; its accuracy is that of this.
         replays: what is replayed from a record, in words; None where the network itself is run.
-        record: name and commit of the record on the Hub that is replayed; None for any other.
+        record_on_hub: name and commit of the record on the Hub that is replayed; None for any other.
     """
 
     name: str
     sha256: str
     num_parameters: int
     replays: str | None
-    record: str | None
+    record_on_hub: str | None
 
     @property
     def classifier(self) -> Teacher | None: ...

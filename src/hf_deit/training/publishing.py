@@ -138,8 +138,8 @@ class PublishingTrainer(ResumableTrainer):
         data |= {name: getattr(self.data_args, name) for name in sorted(names)}
         history = self.history if taught_by in self.history else [*self.history, taught_by]
         teacher = {"teacher": taught_by["teacher"]}
-        if self.teacher is not None and self.teacher.record is not None:
-            teacher["record"] = self.teacher.record
+        if self.teacher is not None and self.teacher.record_on_hub is not None:
+            teacher["record"] = self.teacher.record_on_hub
         facts = {"data": data, "teacher": teacher, "history": history}
         return super()._facts_of_run() | json.loads(json.dumps(facts, default=str))
 
@@ -184,7 +184,7 @@ class PublishingTrainer(ResumableTrainer):
                 "teacher_sha256": self.teacher.sha256,
                 "teacher_parameters": self.teacher.num_parameters,
                 "teacher_replayed": self.teacher.replays,
-                "teacher_record": self.teacher.record,
+                "teacher_record": self.teacher.record_on_hub,
             }
         return CardFacts(
             name=model_name or (self.hub_model_id or output_dir.absolute().name).split("/")[-1],
