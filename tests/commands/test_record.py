@@ -314,6 +314,7 @@ def weights(folder: Path, name: str) -> bytes:
     return (folder / name / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_record_from_the_hub_trains_the_weights_of_the_run_with_the_teacher(hub, folder):
     """Recorded, published, replayed by the keys of its card in a fresh process and cache; then cut off and resumed."""
     distill = ["-m", "hf_deit", "distill"]
