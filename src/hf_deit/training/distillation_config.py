@@ -105,7 +105,8 @@ class DistillationConfig(TrainingArguments):
     teacher_replay: str | None = option(
         None,
         "Train from recorded teacher outputs: a directory, or a dataset on the Hub that `hf-deit record` has "
-        "published, owner/name, perhaps with @ and a branch, tag or commit. Set `teacher` as well only to report its accuracy.",
+        "published, owner/name, perhaps with @ and a branch, tag or commit. Set `teacher` as well only to report "
+        "its accuracy.",
         affects="machine",
     )
     teacher_top_k: int = option(
