@@ -95,7 +95,7 @@ def decode_image(encoded: Mapping | None, choose_part: Callable[[int, int], Part
             point or 32 bits), has more pixels than Pillow's limit of twice `PIL.Image.MAX_IMAGE_PIXELS`, or is a JPEG
             of so many scans that it would take minutes.
     """
-    data = _read(encoded or {})
+    data = read_encoded(encoded or {})
     jpeg = _read_jpeg_header(data)
     turn = _turn_of_jpeg(data) if jpeg is not None and jpeg.may_be_turned else _UPRIGHT
     if jpeg is not None and turn == _UPRIGHT:
@@ -147,7 +147,15 @@ def _reduce(pixels: np.ndarray, reduction: int) -> np.ndarray:
     return pixels if reduction == 1 else np.array(Image.fromarray(pixels).reduce(reduction))
 
 
-def _read(encoded: Mapping) -> bytes:
+def read_encoded(encoded: Mapping) -> bytes:
+    """Return the bytes of an image file, as it is: those at hand, else those of its path.
+
+    Args:
+        encoded: as for [`decode_image`].
+
+    Raises:
+        DamagedImage: the file is missing, empty, no regular file or larger than `MAX_BYTES`.
+    """
     data, path = encoded.get("bytes"), encoded.get("path")
     if data is None:
         if path is None:

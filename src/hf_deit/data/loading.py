@@ -60,6 +60,7 @@ class LoadedImages(dict[str, Any]):
         place: absolute directory, or the page of the dataset.
         layout: how the images are stored, in a few words.
         splits: the source's own names of the splits of each part, slices included, joined with "+".
+        available: the source's own names of all its splits.
         unread: files of image folders that are not read.
         held_out: number of training images that were held out for evaluation, and of how many; None if the evaluation
             images are another split.
@@ -72,6 +73,7 @@ class LoadedImages(dict[str, Any]):
         self.place = source.place
         self.layout = source.layout
         self.splits: dict[str, str] = {}
+        self.available = tuple(source.splits)
         self.unread = UnreadFiles()
         self.held_out: tuple[int, int] | None = None
         self.trained_on = 0
