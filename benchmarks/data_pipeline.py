@@ -6,7 +6,8 @@ All read the same encoded images from memory and make batches of the same size, 
 the table shows medians. timm's pipeline is its own: Pillow, create_transform with the authors' arguments (RandAugment,
 random erasing, normalised float32), PyTorch's collation. Ours leaves normalisation, erasing and mixing to the device:
 their cost on this core is shown in a row of its own. With repeats, ours decodes an image once for its views, timm once
-for each, as the authors' sampler makes it.
+for each, as the authors' sampler makes it. The packed images are the same ones as `hf-deit pack --max_side 256` stores
+them; both timm's and ours are shown on them, beside timm's on the images as they were.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from hf_deit import Mixing, TrainViews, build_train_transform
 from hf_deit.augmentation.repeated_augmentation import RepeatedAugmentationSampler
 from hf_deit.augmentation.transforms import IMAGENET_MEAN, IMAGENET_STD
 from hf_deit.data.decoding import decode_image
+from hf_deit.data.packing import PackSettings, reduce_image
 from hf_deit.data.views import collate_views
 
 
@@ -97,7 +99,15 @@ def one_thread(_=None) -> None:
     torch.set_num_threads(1)
 
 
-def loaders(images: list[dict], args: argparse.Namespace, num_workers: int) -> dict[str, DataLoader]:
+def pack(images: list[dict], max_side: int = 256) -> list[dict]:
+    """The images as `hf-deit pack` stores them with this `max_side`."""
+    settings = PackSettings(max_side)
+    return [row | {"image": {"bytes": reduce_image(row["image"]["bytes"], settings), "path": None}} for row in images]
+
+
+def loaders(
+    images: list[dict], packed: list[dict], args: argparse.Namespace, num_workers: int
+) -> dict[str, DataLoader]:
     """Each yields the batches of an epoch."""
     transform = build_train_transform(args.image_size, auto_augment=POLICY)
 
@@ -117,6 +127,9 @@ def loaders(images: list[dict], args: argparse.Namespace, num_workers: int) -> d
         "timm, 3 repeats": loader(TimmImages(images, args.image_size), 3, None),
         "hf_deit": loader(TrainViews(images, transform), 1, collate_views),
         "hf_deit, 3 repeats": loader(TrainViews(images, transform), 3, collate_views),
+        "timm, packed at 256": loader(TimmImages(packed, args.image_size), 1, None),
+        "hf_deit, packed at 256": loader(TrainViews(packed, transform), 1, collate_views),
+        "hf_deit, packed at 256, 3 repeats": loader(TrainViews(packed, transform), 3, collate_views),
     }
 
 
@@ -225,20 +238,22 @@ def main() -> None:
     one_thread()
     guard_timms_posterize()
     images = read_images(args.images, args.max_images)
+    packed = pack(images)
+    size, packed_size = (np.mean([len(row["image"]["bytes"]) for row in rows]) / 1e3 for rows in (images, packed))
     print(
-        f"{len(images)} images, {np.mean([len(row['image']['bytes']) for row in images]) / 1e3:.0f} KB each; "
+        f"{len(images)} images, {size:.0f} KB each, packed at 256 pixels' shorter side {packed_size:.0f} KB; "
         f"{args.image_size} px, batches of {args.batch_size}; {platform.processor() or platform.machine()}, "
         f"torch {torch.__version__}, timm {timm.__version__}, hf_deit {hf_deit.__version__}\n"
     )
-    cases = {name: epochs(loader) for name, loader in loaders(images, args, 0).items()}
+    cases = {name: epochs(loader) for name, loader in loaders(images, packed, args, 0).items()}
     cases["decoding alone (the ceiling)"] = lambda: decode_all(images)
     alone = measure(cases, args.runs)
     print(table(alone, "one process, one core"), "\n")
     spent = stages(images, args)
     print("| stage of hf_deit, one repeat | ms a view |\n|---|---|")
     print("\n".join(f"| {name} | {value:.3f} |" for name, value in spent.items()), "\n")
-    many = images * 8  # so that no worker waits for the others at the end of an epoch for long
-    together = measure({name: epochs(loader) for name, loader in loaders(many, args, args.workers).items()}, 3)
+    many = loaders(images * 8, packed * 8, args, args.workers)  # no worker waits long at the end of an epoch
+    together = measure({name: epochs(loader) for name, loader in many.items()}, 3)
     print(table(together, f"DataLoader, {args.workers} workers on {len(os.sched_getaffinity(0))} cores"))
     if args.json:
         args.json.write_text(json.dumps({"one core": alone, "stages": spent, "workers": together}, indent=1))

@@ -121,8 +121,7 @@ def parse_command(line: str, folder: Path, page: str = "") -> None:
         next(place for place, word in enumerate(words) if re.search(r"hf[-_]deit$|recipes/\w+\.py$", word)) :
     ]
     scripts = {"run_analysis": "analyze", "convert_checkpoint": "convert", "export_model": "export"}
-    scripts["publish_record"] = "record"
-    scripts["check_data"] = "check"
+    scripts |= {"check_data": "check", "pack_dataset": "pack", "publish_record": "record"}
     name = words.pop(0) if words[0].endswith(".py") else words[1]
     if name.endswith(".py"):
         name = scripts.get(Path(name).stem, Path(name).stem.removeprefix("run_"))

@@ -19,6 +19,7 @@ COMMANDS = {
     "distill": "train a DeiT, with or without a teacher; without a recipe the quickstart",
     "teacher": "train or fine-tune a teacher on your images",
     "check": "what a run would find in a dataset, without training",
+    "pack": "any dataset as a few large files, made for streaming from a network disk or the Hub",
     "eval": "accuracy of any checkpoints, head by head",
     "analyze": "who disagrees with whom, and where a DeiT looks",
     "demo": "a page in your browser that classifies your images and shows where the model looks",

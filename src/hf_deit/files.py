@@ -38,7 +38,9 @@ def read_file(path: str | os.PathLike, max_bytes: int) -> bytes:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise UserError("is no regular file")
-        data = file.read(max_bytes + 1) if found.st_size <= max_bytes else b""
+        data = file.read(min(found.st_size, max_bytes) + 1)  # a buffer of this size is allocated
+        if found.st_size < len(data) <= max_bytes:  # it has grown, or its size is not known beforehand
+            data += file.read(max_bytes + 1 - len(data))
         if max(found.st_size, len(data)) > max_bytes:
             raise UserError(f"is larger than {max_bytes:,} bytes ({max(found.st_size, len(data)):,})")
         return data

@@ -5,12 +5,14 @@ number of images in each row group (`block` in the code). A stream therefore has
 as exact as a dataset on disk: the same rule of order, the same views, and an interrupted run resumes at its place
 without reading earlier images. (`datasets.IterableDataset` can only be read from the start of a shard.)
 
-The order of the images keeps streaming fast: see augmentation/repeated_augmentation.py.
+The order of the images keeps streaming fast: see augmentation/repeated_augmentation.py. [`ParquetWriter`] writes files
+that suit it; packing.py makes them of a dataset.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import time
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_ROW_GROUP_BYTES = 8 << 30
+# What ParquetWriter writes: large enough for a network disk, small enough for memory, and with so few images that a
+# small dataset has a row group for each lane (augmentation/repeated_augmentation.py).
+ROW_GROUP_BYTES, ROW_GROUP_IMAGES = 8 << 20, 256
 # Seconds to wait before each further try: five minutes without the server do not end a run of days.
 RETRY_WAITS = (1, 2, 4, 8, 15, 30, 60, 60, 60, 60)
 
@@ -236,6 +241,64 @@ class StreamedImages:
                 "evaluation split: use files whose label column is a ClassLabel, or streaming: false"
             )
         return self._classes[label]
+
+
+class ParquetWriter:
+    """Writes images as they are streamed best: row groups of at most 8 MiB or 256 images, with checksums of the pages.
+
+    The columns are `image` (bytes and path), `label`, and `sha256`, with the features by which the datasets library
+    knows them. The same images give the same file.
+
+    Args:
+        stream: file that is open for writing.
+        class_names: in the order of the labels.
+    """
+
+    def __init__(self, stream: BinaryIO, class_names: Sequence[str]):
+        features = {
+            "image": {"_type": "Image"},
+            "label": {"names": list(class_names), "_type": "ClassLabel"},
+            "sha256": {"dtype": "string", "_type": "Value"},
+        }
+        image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        self._schema = pa.schema(
+            [("image", image), ("label", pa.int64()), ("sha256", pa.string())],
+            {"huggingface": json.dumps({"info": {"features": features}})},
+        )
+        # Images do not become smaller; statistics and a dictionary of them would hold them once more.
+        compression: Any = {"image.bytes": "NONE", "image.path": "ZSTD", "label": "ZSTD", "sha256": "ZSTD"}
+        options: Any = {"compression": compression, "use_dictionary": False, "write_statistics": ["label"]}
+        self._writer = pq.ParquetWriter(stream, self._schema, write_page_checksum=True, **options)
+        self._rows: list[tuple[bytes, str | None, int, str]] = []
+        self._num_bytes = 0
+
+    def add(self, data: bytes, path: str | None, label: int, sha256: str) -> None:
+        """Add an encoded image."""
+        is_full = self._num_bytes + len(data) > ROW_GROUP_BYTES or len(self._rows) == ROW_GROUP_IMAGES
+        if self._rows and is_full:
+            self._write_row_group()
+        self._rows.append((data, path, label, sha256))
+        self._num_bytes += len(data)
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write what is left, and the footer with `metadata`."""
+        if self._rows:
+            self._write_row_group()
+        self._writer.add_key_value_metadata(dict(metadata))
+        self._writer.close()
+
+    def close(self) -> None:
+        """Give up a file that is not finished: it gets no footer."""
+        self._writer.is_open = False
+
+    def _write_row_group(self) -> None:
+        data, paths, labels, digests = zip(*self._rows, strict=True)
+        image = pa.StructArray.from_arrays(
+            [pa.array(data, pa.binary()), pa.array(paths, pa.string())], ["bytes", "path"]
+        )
+        table = pa.Table.from_arrays([image, pa.array(labels, pa.int64()), pa.array(digests)], schema=self._schema)
+        self._writer.write_table(table, row_group_size=len(table))
+        self._rows, self._num_bytes = [], 0
 
 
 def read_schema(file: str) -> pa.Schema:

@@ -18,6 +18,7 @@ from transformers import DeiTImageProcessor
 
 from ..arguments import DataArguments
 from ..augmentation.transforms import (
+    Box,
     TrainTransform,
     ViewParameters,
     build_eval_transform,
@@ -25,7 +26,7 @@ from ..augmentation.transforms import (
     build_train_transform,
 )
 from ..errors import UserError
-from .decoding import DamagedImage, Part, decode_image
+from .decoding import DamagedImage, Part, decode_image, read_encoded
 from .loading import LoadedImages, load_image_dataset
 
 
@@ -236,3 +237,48 @@ def load_views(data_args: DataArguments, *, seed: int = 42, rows: Any = None, **
     id2label = dict(enumerate(images["train"].features["label"].names))
     held_out = EvalViews(images["eval"], transform) if "eval" in images else None
     return LoadedViews(train, held_out, id2label, build_image_processor(transform), images)
+
+
+def difference_of_views(
+    rows: Any, change: Callable[[bytes], bytes], image_size: int = 224, num_images: int = 64
+) -> dict[str, float]:
+    """Measure how far views move if another file of each image is stored.
+
+    Args:
+        rows: images, as [`load_image_dataset`] returns them; evenly spread ones are compared, damaged ones left out.
+        change: from the bytes of an image file to those of the other one.
+        image_size: side of the views in pixels.
+        num_images: number of images, with one view of each kind.
+
+    Returns:
+        Mean absolute difference of the pixels, in levels of 255, as means over the images and as the largest of one
+        image: "evaluation", "evaluation, largest", and of the same random resized crops (to half a pixel of the image
+        that is stored), without flips and RandAugment, "training" and "training, largest". Empty if no image could be
+        decoded.
+    """
+    to_eval = build_eval_transform(image_size)
+    to_train = build_train_transform(image_size, auto_augment=None, color_jitter=None, horizontal_flip=0)
+    numbers = np.unique(np.linspace(0, len(rows) - 1, num_images).astype(int)).tolist()
+    levels = []
+    for number in numbers:
+        try:
+            data = read_encoded(rows[number]["image"] or {})
+            images = [decode_image({"bytes": each, "path": None}) for each in (data, change(data))]
+        except DamagedImage:
+            continue
+        drawn = to_train.sample(*images[0].shape[:2], np.random.default_rng(number))
+        crops = [drawn] * 2
+        if to_train.crop != "padded":  # the box of a padded crop lies in the image of the right size
+            scale = np.tile(np.array(images[1].shape[:2]) / images[0].shape[:2], 2)
+            crops = [drawn, drawn._replace(box=Box(*np.maximum(np.rint(drawn.box * scale), (0, 0, 1, 1)).astype(int)))]
+        views = [(to_eval(image), to_train.apply(image, crop)) for image, crop in zip(images, crops, strict=True)]
+        levels.append([np.abs(x.astype(int) - y).mean() for x, y in zip(*views, strict=True)])
+    if not levels:
+        return {}
+    (evaluation, training), (worst, worst_training) = np.mean(levels, 0).tolist(), np.max(levels, 0).tolist()
+    return {
+        "evaluation": evaluation,
+        "evaluation, largest": worst,
+        "training": training,
+        "training, largest": worst_training,
+    }

@@ -36,6 +36,7 @@ def parse_recipe(
     argv: Sequence[str] | None = None,
     default_recipe: str | Path | None = None,
     replaced_by: Mapping[str, Collection[str]] | None = None,
+    usage: str = "[recipe.yaml]",
 ) -> tuple:
     """Parse `[recipe.yaml] [--key value ...]` into one instance of each dataclass.
 
@@ -44,6 +45,7 @@ def parse_recipe(
         argv: the command line after the program's name; `sys.argv[1:]` if None. [`find_recipe`] finds its recipe.
         default_recipe: file to use if the command line does not begin with a recipe. One line reports that it is used.
         replaced_by: for an option of the command line, the keys of the default recipe that then do not apply.
+        usage: what `--help` shows before the keys.
 
     Raises:
         ValueError: the recipe cannot be read, a key is unknown (the message suggests the nearest known key), or a
@@ -56,7 +58,7 @@ def parse_recipe(
     helps = bool({"-h", "--help", "--help-all"} & set(argv))  # which shows the defaults, or those of a named recipe
     recipe = (None if helps else default_recipe) if named is None else find_recipe(named)
     known = {item.name for kind in dataclass_types for item in fields(kind) if item.init}
-    usage = "%(prog)s [recipe.yaml] [--key value ...]"
+    usage = f"%(prog)s {usage} [--key value ...]"
     parser = HfArgumentParser(dataclass_types, usage=usage, allow_abbrev=False, add_help=False)
     parser.add_argument("-h", "--help", action=ShortHelp, help="List the keys that people set first.")
     parser.add_argument("--help-all", action="help", help="List every key.")
