@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 import tarfile
 
 import pytest
@@ -36,6 +37,7 @@ def test_only_regular_files_of_the_stated_size_are_read(tmp_path):
     for name in ("device", "pipe"):
         with pytest.raises(ValueError, match="is no regular file"):
             read_file(tmp_path / name, 4)
+    assert read_file("/proc/self/cmdline", 1 << 20).count(b"\0") == len(sys.orig_argv)  # of no stated size, read whole
     with pytest.raises(ValueError, match="^'/proc/self/environ' cannot be read: is larger than 0 bytes"):
         read_text("/proc/self/environ", 0)  # says that it has no bytes
 

@@ -497,5 +497,5 @@ def test_reduced_imagenet_is_within_the_stated_bound(shared_data):
     images = load_image_dataset(str(shared_data / "imagenet_sample"), splits=("eval",), eval_split="validation")
     measured = difference_of_views(images["eval"], lambda data: reduce_image(data, PackSettings(256)), 224)
     assert measured["evaluation"] < 2.5 and measured["evaluation, largest"] < 6.5
-    assert measured["training"] < 5.2 and measured["training, largest"] < 18
+    assert measured["training"] < 5.5 and measured["training, largest"] < 36
     assert measured["evaluation"] > 1  # it does re-encode

@@ -212,6 +212,8 @@ def _begin(
     before = None
     if UNFINISHED in there:
         before = read_json(folder / UNFINISHED)
+        if not isinstance(before, dict) or set(before) != {*what, "images a file"}:
+            raise UserError(f"{str(folder / UNFINISHED)!r} is damaged: remove the directory and begin anew")
     elif there:
         found = "a finished pack" if "dataset.json" in there else f"other files, such as {printable(there[0])!r}"
         raise UserError(f"{str(folder)!r} holds {found}: name a new directory, or that of an unfinished pack")
@@ -220,12 +222,12 @@ def _begin(
         _warn_of_space(folder, {split: FILE_BYTES / sizes[split] * len(rows) for split, rows in splits.items()})
         write_whole(folder / UNFINISHED, json.dumps(what | {"images a file": sizes}, indent=1))
     else:
-        if before.get("settings") != what["settings"]:
+        if before["settings"] != what["settings"]:
             raise UserError(
-                f"{str(folder)!r} has an unfinished pack with other settings, {json.dumps(before.get('settings'))}; "
+                f"{str(folder)!r} has an unfinished pack with other settings, {json.dumps(before['settings'])}; "
                 f"now they are {json.dumps(what['settings'])}: use the same ones, or another directory"
             )
-        changed = [key for key in ("classes", "splits") if before.get(key) != what[key]]
+        changed = [key for key in ("classes", "splits") if before[key] != what[key]]
         if changed:
             raise UserError(
                 f"{str(folder)!r} has an unfinished pack of other images: the {' and the '.join(changed)} of the "
@@ -321,8 +323,9 @@ def _digest_of_listing(rows: Any) -> str:
     if isinstance(rows, StreamedImages):
         return _digest_of([rows.stored_labels(), rows.stored_sizes()])
     digest = hashlib.sha256(np.ascontiguousarray(_of_rows(rows, rows.data.column("label")), "<i8").tobytes())
-    for chunk in _of_rows(rows, _field(rows, "path"), as_numpy=False).chunks:
-        digest.update("".join(f"{path or ''}\0" for path in chunk.to_pylist()).encode())
+    paths = _of_rows(rows, _field(rows, "path"), as_numpy=False)
+    for start in range(0, len(paths), 1 << 16):
+        digest.update("".join(f"{path or ''}\0" for path in paths.slice(start, 1 << 16).to_pylist()).encode())
     return digest.hexdigest()
 
 
@@ -371,9 +374,10 @@ def _name_of(path: str | None, place: str) -> str | None:
     """Return the path of an image inside its dataset, without the directories of this machine; None if it has none."""
     if path is None:
         return None
-    local = path_of(path)
-    inside = os.path.relpath(local, place) if place and os.path.isabs(local) else os.path.basename(local)
-    inside = os.path.basename(local) if inside.startswith("..") else inside
+    inside = os.path.normpath(path_of(path))
+    if os.path.isabs(inside) or "://" in path:
+        inside = os.path.relpath(inside, place) if place and os.path.isabs(inside) else os.path.basename(inside)
+    inside = os.path.basename(inside) if inside.startswith("..") else inside
     try:
         inside.encode()
     except UnicodeEncodeError:  # the name is not UTF-8

@@ -266,11 +266,13 @@ def difference_of_views(
             images = [decode_image({"bytes": each, "path": None}) for each in (data, change(data))]
         except DamagedImage:
             continue
-        drawn = to_train.sample(*images[0].shape[:2], np.random.default_rng(number))
+        drawn = to_train.sample(images[0].shape[0], images[0].shape[1], np.random.default_rng(number))
         crops = [drawn] * 2
         if to_train.crop != "padded":  # the box of a padded crop lies in the image of the right size
-            scale = np.tile(np.array(images[1].shape[:2]) / images[0].shape[:2], 2)
-            crops = [drawn, drawn._replace(box=Box(*np.maximum(np.rint(drawn.box * scale), (0, 0, 1, 1)).astype(int)))]
+            down, across = (b / a for a, b in zip(images[0].shape[:2], images[1].shape[:2], strict=True))
+            top, left, height, width = drawn.box
+            box = Box(round(top * down), round(left * across), round(height * down) or 1, round(width * across) or 1)
+            crops = [drawn, drawn._replace(box=box)]
         views = [(to_eval(image), to_train.apply(image, crop)) for image, crop in zip(images, crops, strict=True)]
         levels.append([np.abs(x.astype(int) - y).mean() for x, y in zip(*views, strict=True)])
     if not levels:
