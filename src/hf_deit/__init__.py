@@ -34,9 +34,9 @@ if TYPE_CHECKING:  # for editors and type checkers, which cannot see through __g
     from .models.modeling_deit import DeiTForImageClassification as DeiTForImageClassification
     from .models.modeling_deit import DeiTForImageClassificationWithTeacher as DeiTForImageClassificationWithTeacher
     from .models.modeling_deit import DeiTModel as DeiTModel
+    from .options.distillation_config import DistillationConfig as DistillationConfig
     from .options.recipe import parse_recipe as parse_recipe
     from .teachers.teacher import load_teacher as load_teacher
-    from .training.distillation_config import DistillationConfig as DistillationConfig
     from .training.distillation_trainer import DistillationTrainer as DistillationTrainer
 
 __version__ = "0.1.0"
@@ -48,7 +48,7 @@ _MODULE_OF = {
     "DeiTForImageClassificationWithTeacher": "models.modeling_deit",
     "DeiTModel": "models.modeling_deit",
     "Disagreement": "evaluation.metrics",
-    "DistillationConfig": "training.distillation_config",
+    "DistillationConfig": "options.distillation_config",
     "DistillationTrainer": "training.distillation_trainer",
     "EvalViews": "data.views",
     "Mixing": "augmentation.mixing",

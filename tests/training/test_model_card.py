@@ -10,7 +10,7 @@ from support.cards import DISTILLED
 from support.hub_server import card_errors
 
 from hf_deit import DeiTConfig, DistillationConfig
-from hf_deit.training.distillation_config import STATED_OTHERWISE
+from hf_deit.options.distillation_config import STATED_OTHERWISE
 from hf_deit.training.model_card import build_model_card, hub_id, public_command, public_name
 from hf_deit.training.publishing import _settings_that_differ
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,6 +102,19 @@ class Mixing:
         self.mix_prob = mix_prob if mixup_alpha or cutmix_alpha else 0.0
         self.mix_switch_prob = mix_switch_prob
         self.random_erasing_prob = random_erasing_prob
+
+    def mix_batch(self, batch: Mapping[str, Any]) -> MixedViews:
+        """Normalise, erase and mix a batch of the loader: `pixel_values`, `labels` and `view_seeds`.
+
+        Datasets other than [`TrainViews`] give their views no seeds; they are drawn here.
+        """
+        view_seeds = batch.get("view_seeds")
+        if view_seeds is None:
+            view_seeds = torch.randint(2**63 - 1, (len(batch["labels"]),)).numpy()
+        pixel_values, labels = self(batch["pixel_values"], batch["labels"], view_seeds)
+        views = MixedViews(pixel_values=pixel_values, labels=labels)
+        views.view_ids = batch.get("view_ids")
+        return views
 
     def __call__(self, pixel_values: Tensor, labels: Tensor, view_seeds: np.ndarray) -> tuple[Tensor, Tensor]:
         """Normalise, erase and mix one batch.

@@ -81,8 +81,8 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
             repeats its images, each as often as the others.
 
     Raises:
-        ValueError: if the dataset is empty, `num_repeats` is not positive, `block_sizes` does not sum to
-            `num_images`, or `labels` are given for a stream or in another number.
+        ValueError: if the dataset is empty or smaller than a batch, `num_repeats` is not positive, `block_sizes` does
+            not sum to `num_images`, or `labels` are given for a stream or in another number.
     """
 
     def __init__(
@@ -97,6 +97,11 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
     ):
         if num_images < 1:
             raise UserError("the training dataset is empty; check the path, train_split and max_train_samples")
+        if num_images < batch_size:
+            raise UserError(
+                f"one step takes {batch_size} views and the training set has {num_images} images: lower "
+                "per_device_train_batch_size or gradient_accumulation_steps"
+            )
         if num_repeats < 1:
             raise UserError(f"num_repeats is {num_repeats}; use 3 as in the paper, or 1 for no repeated augmentation")
         if block_sizes is not None and sum(block_sizes) != num_images:

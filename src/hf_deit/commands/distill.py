@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import DataArguments, ModelArguments
+from ..options.distillation_config import DistillationConfig
 from ..options.recipe import RECIPES, find_recipe, parse_recipe
 from ..training.checkpoints import claim_output_dir
-from ..training.distillation_config import DistillationConfig
 from .teacher import evaluate_nothing, find_or_train_teacher
 
 

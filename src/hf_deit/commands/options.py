@@ -12,8 +12,8 @@ from dataclasses import MISSING, Field, fields
 from transformers import TrainingArguments
 
 from ..arguments import ClassifierArguments, DataArguments, ModelArguments
+from ..options.distillation_config import DistillationConfig
 from ..options.stock_options import FORMER_OPTIONS, STOCK_OPTIONS
-from ..training.distillation_config import DistillationConfig
 
 
 HEAD = """# Options

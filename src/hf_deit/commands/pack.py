@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import DataArguments, option, words
-from ..errors import UserError, some_of
+from ..errors import UserError, clear_hub_errors, some_of
 from ..files import write_whole
 from ..options.recipe import parse_recipe
 
@@ -21,6 +21,9 @@ from ..options.recipe import parse_recipe
 if TYPE_CHECKING:
     from ..data.loading import LoadedImages
     from ..data.packing import PackedSplit, PackSettings
+
+
+NAME_IT_YOURS = "set push_to_hub to <your name>/<dataset>"
 
 
 @dataclass
@@ -261,11 +264,8 @@ def _create_repository(args: PackArguments) -> None:
     """Create the repository and check write access to it, before hours are spent on packing."""
     from huggingface_hub import auth_check, create_repo
 
-    from ..training.publishing import clear_hub_errors
-
     name = args.push_to_hub or ""
-    option = "push_to_hub to <your name>/<dataset>"
-    with clear_hub_errors(name, lambda: "Nothing has been packed: fix this first", option):
+    with clear_hub_errors(name, lambda: "Nothing has been packed: fix this first", NAME_IT_YOURS):
         create_repo(name, repo_type="dataset", private=args.hub_private_repo, exist_ok=True)
         auth_check(name, repo_type="dataset", write=True)
 
@@ -273,12 +273,10 @@ def _create_repository(args: PackArguments) -> None:
 def _push(args: PackArguments) -> None:
     from huggingface_hub import upload_folder
 
-    from ..training.publishing import clear_hub_errors
-
     name = args.push_to_hub or ""
     command = ["hf", "upload", name, args.pack_dir, ".", "--repo-type", "dataset", "--exclude", "_*"]
     advice = f"The pack is whole in {args.pack_dir}; upload it again: {shlex.join(command)}"
-    with clear_hub_errors(name, lambda: advice, "push_to_hub to <your name>/<dataset>"):
+    with clear_hub_errors(name, lambda: advice, NAME_IT_YOURS):
         upload_folder(
             repo_id=name,
             folder_path=args.pack_dir,

@@ -267,7 +267,7 @@ def _recipe(header: Header, name: str) -> str:
     import yaml
 
     from ..arguments import names_affecting
-    from ..training.distillation_config import DistillationConfig
+    from ..options.distillation_config import DistillationConfig
 
     views = header.fingerprint
     defaults = {key: item.default for key, item in DistillationConfig.__dataclass_fields__.items()}

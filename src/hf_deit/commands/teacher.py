@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from ..arguments import ClassifierArguments, DataArguments
 from ..errors import UserError
+from ..options.distillation_config import DistillationConfig
 from ..options.recipe import parse_recipe
 from ..training.checkpoints import claim_output_dir, is_finished
-from ..training.distillation_config import DistillationConfig
 
 
 if TYPE_CHECKING:

@@ -41,8 +41,8 @@ from ..arguments import available_cores
 from ..errors import UserError, printable
 from ..files import flush, read_json, write_whole
 from ..processes import LOCK, only_run_in
-from .labels import check_labels
 from .decoding import DamagedImage, Part, decode_image, path_of, read_encoded
+from .labels import check_labels
 from .streaming import ParquetWriter, StreamedImages
 
 

@@ -26,8 +26,8 @@ from scipy import stats
 from ..arguments import ModelArguments, names_affecting
 from ..data.registry import REGISTRY
 from ..errors import UserError
+from ..options.distillation_config import DistillationConfig
 from ..training.checkpoints import is_finished
-from ..training.distillation_config import DistillationConfig
 
 
 # Where a recipe leaves its model: outputs/<folder>/<stem>; in a sweep outputs/<scale>/<folder>/<stem>-seed<n>.

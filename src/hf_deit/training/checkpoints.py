@@ -28,7 +28,7 @@ from ..processes import claim_directory, on_main_process
 
 
 if TYPE_CHECKING:
-    from .distillation_config import DistillationConfig
+    from ..options.distillation_config import DistillationConfig
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,8 @@ mixing.py; the model card and the Hub are in publishing.py, checkpoints in resum
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
-from copy import copy
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,32 +17,27 @@ import torch
 import torch.nn.functional as F
 from accelerate import DistributedType
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
-from transformers.integrations import is_optuna_available
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import get_parameter_names
-from transformers.trainer_utils import TrainOutput, number_of_arguments
+from transformers.trainer_utils import number_of_arguments
 
 from ..arguments import ModelArguments
 from ..augmentation.mixing import MixedViews, Mixing, normalize
 from ..augmentation.repeated_augmentation import RepeatedAugmentationSampler
-from ..data.labels import CheckedLabels, all_labels_of, check_labels, labels_of
+from ..data.labels import CheckedLabels, all_labels_of, check_labels
 from ..data.views import collate_views
 from ..errors import UserError, clear_hub_errors, refusals_of_libraries
-from ..evaluation.metrics import TopKAccuracy, names_of_metrics, three_head_accuracy, top_classes
+from ..evaluation.metrics import TopKAccuracy, three_head_accuracy, top_classes
 from ..losses import distillation_loss, inverse_class_weights
 from ..models.classifiers import Spec
 from ..models.configuration_deit import DeiTConfig
-from ..options.trials import changes_since, check_search, check_trial, refuse_idle, refuse_ineffective
-from ..plots.run import Report, plot_run
+from ..options.distillation_config import DistillationConfig
 from ..teachers.fingerprint import fingerprint_of_views
-from ..teachers.recording import RecordingTeacher
-from ..teachers.replaying import ReplayedTeacher
 from ..teachers.teacher import Teacher
-from ..teachers.teacher_outputs import TeacherOutputs
 from . import run
-from .distillation_config import DistillationConfig
 from .health import Health, Pace
-from .publishing import NAME_IT_YOURS, PublishingTrainer, UnpickledToken, keys_of_images, name_on_hub
+from .publishing import NAME_IT_YOURS, keys_of_images, name_on_hub
+from .searching import SearchingTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -57,7 +49,7 @@ WHOLE_GRADIENTS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedTyp
 NOT_DECAYED = (r"bias", r"(^|\.)[a-z_]*norm[a-z_]*(\.|$)", r"cls_token", r"position_embeddings|pos_embed")
 
 
-class DistillationTrainer(PublishingTrainer):
+class DistillationTrainer(SearchingTrainer):
     """Trainer of an image classifier, with or without a teacher.
 
     Args:
@@ -111,44 +103,48 @@ class DistillationTrainer(PublishingTrainer):
         if model_init is not None:
             set_seed(args.seed)
             model = model_init(None) if number_of_arguments(model_init) else model_init()
-        self._student = model if isinstance(model, (str, ModelArguments)) else None
+        student = model if isinstance(model, (str, ModelArguments)) else None
         model, teacher, kwargs = run.load_parts(model, args, teacher, kwargs)
-        if args.hub_token is not None:
-            args.hub_token = UnpickledToken(args.hub_token)
         num_labels = int(model.config.num_labels or 0)
         data_collator = CheckedLabels(data_collator, num_labels)
         advice = "Training has not begun: fix this first"
         with refusals_of_libraries(), clear_hub_errors(name_on_hub(args), lambda: advice, NAME_IT_YOURS):
-            super().__init__(model, args, data_collator=data_collator, compute_metrics=compute_metrics, **kwargs)
-        self.model_init = model_init  # from now on: the first student is made
+            super().__init__(
+                model,
+                args,
+                student=student,
+                model_init=model_init,
+                data_collator=data_collator,
+                compute_metrics=compute_metrics,
+                **kwargs,
+            )
         for part, dataset in (("training", self.train_dataset), ("evaluation", self.eval_dataset)):
             check_labels(getattr(dataset, "images", ()), num_labels, part)
-        if compute_metrics is three_head_accuracy:
-            self._check_best_metric()
-        if mean is None or std is None:
-            if self.processing_class is None:
-                raise UserError("mean and std of the pixels are unknown: pass processing_class, or mean and std")
-            processor: Any = self.processing_class
-            mean, std = processor.image_mean, processor.image_std
-        self._pixels = mean, std
-        self._id2label = dict(model.config.id2label or {})
-        self.teacher = self._recorded_or_replayed(teacher.to(args.device) if teacher is not None else None, mean, std)
+        self._pixels = mean, std = run.mean_and_std(mean, std, self.processing_class)
+        fingerprint = partial(
+            *(fingerprint_of_views, self.train_dataset, args.view_settings(), mean, std, list(self.id2label.values()))
+        )
+        self.teacher = run.recorded_or_replayed(
+            teacher.to(args.device) if teacher is not None else None,
+            args,
+            fingerprint,
+            data=keys_of_images(self.data_args),
+            commit=self._commit_before,
+        )
         self.add_callback(Pace())
         if isinstance(self.teacher, TrainerCallback):
             self.add_callback(self.teacher)
-        self._in_use = copy(args)
-        self._before_search: DistillationConfig | None = None
-        self._for_student: dict[str, Any] = {}  # what a trial sets that no option is
-        self._is_changed = False
-        self._set_up(num_labels)
+        self.set_up()
 
-    def _set_up(self, num_labels: int) -> None:
+    def set_up(self) -> None:
         """Make what depends on the settings and lasts for a run."""
-        args = self.args
+        args, num_labels = self.args, len(self.id2label)
+        if self.compute_metrics is three_head_accuracy:
+            run.check_best_metric(self, num_labels)
         self.health = Health(
             num_labels,
             teacher=self.teacher.name if self.teacher is not None else None,
-            id2label=self._id2label,
+            id2label=self.id2label,
             quiet=not self.is_world_process_zero(),
         )
         self.class_weights = None
@@ -162,62 +158,15 @@ class DistillationTrainer(PublishingTrainer):
         self._loss_sums: dict[str, Tensor] = {}
         self._batches_summed = 0
 
-    def _recorded_or_replayed(
-        self, teacher: Teacher | None, mean: Sequence[float], std: Sequence[float]
-    ) -> TeacherOutputs | None:
-        args, names = self.args, list((self.model.config.id2label or {}).values())
-        fingerprint = partial(fingerprint_of_views, self.train_dataset, args.view_settings(), mean, std, names)
-        kind, batch_size = args.distillation_type, args.train_batch_size
-        if args.teacher_replay is not None:
-            return ReplayedTeacher(
-                fingerprint,
-                record=args.teacher_replay,
-                kind=kind,
-                batch_size=batch_size,
-                teacher=teacher,
-                commit=self._commit_before,
-            )
-        if args.teacher_record is not None:
-            return RecordingTeacher(
-                teacher,
-                fingerprint,
-                directory=args.teacher_record,
-                kind=kind,
-                top_k=args.teacher_top_k,
-                batch_size=batch_size,
-                device=args.device,
-                data=keys_of_images(self.data_args),
-            )
-        return teacher
-
-    def _check_best_metric(self) -> None:
-        metric = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
-        heads = 3 if hasattr(self.model, "distillation_classifier") else 1
-        labels = labels_of(getattr(self.eval_dataset, "images", ()))
-        known = names_of_metrics(heads, int(self.model.config.num_labels or 0), labels)
-        if self.ema is not None:
-            known += [f"ema_{name}" for name in known]
-        if metric not in known:
-            raise UserError(
-                f"metric_for_best_model is {self.args.metric_for_best_model!r}; it must be one of "
-                f"{', '.join(known)}" + (". Accuracy is called 'top1'" if metric == "accuracy" else "")
-            )
-
     # The order of the views
 
     def _get_train_sampler(self, train_dataset=None) -> RepeatedAugmentationSampler:
         args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
-        batch_size = self.get_total_train_batch_size(args)
-        if len(dataset) < batch_size:
-            raise UserError(
-                f"one step takes {batch_size} views and the training set has {len(dataset)} images: lower "
-                "per_device_train_batch_size or gradient_accumulation_steps"
-            )
         sampler = RepeatedAugmentationSampler(
             len(dataset),
             args.num_repeats,
             args.view_seed,
-            batch_size,
+            self.get_total_train_batch_size(args),
             block_sizes=getattr(dataset, "block_sizes", None),
             shuffle_buffer_size=args.shuffle_buffer_size,
             labels=all_labels_of(dataset, "balanced_sampling") if args.balanced_sampling else None,
@@ -255,13 +204,7 @@ class DistillationTrainer(PublishingTrainer):
         self.accuracy = {}  # an accuracy measured before this step no longer describes the weights
         if "bad_images" in inputs:
             self.bad_images.record(inputs.pop("bad_images"))
-        view_seeds = inputs.get("view_seeds")
-        if view_seeds is None:  # a dataset other than TrainViews gives its views no seeds
-            view_seeds = torch.randint(2**63 - 1, (len(inputs["labels"]),)).numpy()
-        pixel_values, labels = self.mixing(inputs["pixel_values"], inputs["labels"], view_seeds)
-        views = MixedViews(pixel_values=pixel_values, labels=labels)
-        views.view_ids = inputs.get("view_ids")
-        return views
+        return self.mixing.mix_batch(inputs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
@@ -341,172 +284,11 @@ class DistillationTrainer(PublishingTrainer):
             self._loss_sums, self._batches_summed = {}, 0
         super().log(logs, start_time)
 
-    # Other settings: set on `args` since, or a trial's
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
-        """Train as [`ResumableTrainer`] does, with the settings that `args` has now, or those of a trial."""
-        if trial is not None and resume_from_checkpoint:
-            raise UserError(f"a trial starts from the beginning, not from {resume_from_checkpoint!r}")
-        self.follow_settings(trial)
-        return super().train(resume_from_checkpoint, trial=trial, **kwargs)
-
-    def hyperparameter_search(
-        self,
-        hp_space: Callable[[Any], dict[str, Any]] | None = None,
-        compute_objective: Callable[[dict[str, float]], Any] | None = None,
-        n_trials: int = 20,
-        direction: str | list[str] = "minimize",
-        backend: Any = None,
-        hp_name: Callable[[Any], str] | None = None,
-        **kwargs,
-    ) -> Any:
-        """Search for good settings with optuna: each trial is the run that its values make, weights included.
-
-        Afterwards the trainer is as it was before, with a new student. To train with what was found, set
-        `trainer.args.<name> = <value>` for each of `best.hyperparameters`, and `trainer.train()`.
-
-        Args:
-            hp_space: returns the values of a trial by name: options of [`DistillationConfig`] that affect the weights;
-                and fields of the student (`drop_path_rate`), where the model is given by name or `model_init` reads
-                them from the trial.
-            compute_objective: from the metrics of the trial's last evaluation; by default `eval_loss` to minimise, and
-                `eval_top1` (with another `compute_metrics` the sum of its metrics, as in Transformers) to maximise.
-            n_trials, direction, hp_name, **kwargs: as for `Trainer`.
-            backend: "optuna"; another one is refused.
-
-        Raises:
-            ValueError: the model is neither given by name nor by model_init; an option of the run or of a trial would
-                have no effect, or cannot be searched.
-        """
-        self.follow_settings()
-        check_search(self.args, kwargs, evaluates=self.eval_dataset is not None)
-        if getattr(backend, "value", backend) not in (None, "optuna"):
-            raise UserError(f"backend is {backend!r}, with which trials were never tried: use 'optuna'")
-        if not is_optuna_available():
-            raise UserError("a search needs optuna: pip install optuna")
-        if hp_space is None:
-            raise UserError(
-                "hp_space is missing: pass a function of a trial, such as lambda trial: {'learning_rate': "
-                "trial.suggest_float('learning_rate', 1e-4, 1e-2, log=True)}"
-            )
-        if self.model_init is None and self._student is None:
-            raise UserError(
-                "the model is given as an object, which each trial would train further: give model_init, a function "
-                "that returns a new one, or the model by name"
-            )
-        compute_objective = compute_objective or self._objective(direction)
-        self.model_init = self.model_init or self._named_student
-        self._before_search = self.args.with_changes({})
-        try:
-            return super().hyperparameter_search(
-                hp_space, compute_objective, n_trials, direction, "optuna", hp_name, **kwargs
-            )
-        finally:
-            before, self._before_search, self.hp_search_backend = self._before_search, None, None
-            self._use_settings(before, {})
-            self.state = TrainerState(is_world_process_zero=self.is_world_process_zero())
-            self.model = self.model_wrapped = self.call_model_init().to(self.args.device)
-            self.accuracy = {}
-
-    def _objective(self, direction: str | list[str]) -> Callable[[dict[str, float]], float] | None:
-        if not isinstance(direction, str):
-            raise UserError(f"direction is {direction!r}: with several of them, compute_objective must be given")
-        if direction == "minimize":
-            return lambda metrics: metrics["eval_loss"]
-        return (lambda metrics: metrics["eval_top1"]) if self.compute_metrics is three_head_accuracy else None
-
-    def _named_student(self) -> PreTrainedModel:
-        return run.student_of(self._student, self.train_dataset, self.args.seed, **self._for_student)
-
-    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
-        """Make the student of a run; refuse one that does not fit the run, or lacks what a trial sets."""
-        model: Any = super().call_model_init(trial)
-        if isinstance(model, (str, ModelArguments)):
-            model = run.student_of(model, self.train_dataset, self.args.seed)
-        run.name_classes(model, self._id2label)
-        refuse_ineffective(self._for_student, model.config)
-        teacher: Any = self.teacher
-        run.check_heads_and_teacher(model, self.args, teacher)
-        self.num_model_parameters = sum(parameter.numel() for parameter in model.parameters())
-        set_seed(self.args.seed)  # what follows does not depend on how the student was made
-        return model
-
-    def follow_settings(self, trial: Any = None) -> None:
-        """Set the run up anew if settings have changed: those of `args`, or in a search those of the trial."""
-        before = self._before_search or self._in_use
-        if trial is None:
-            changes = changes_since(self._in_use, self.args)
-            if not changes:
-                return
-        else:
-            changes = check_trial(self.hp_space(trial), type(self.args))
-        known = {item.name for item in fields(self.args)}
-        options = {name: value for name, value in changes.items() if name in known}
-        for_student = {name: value for name, value in changes.items() if name not in known}
-        if trial is None:
-            for name in for_student:
-                delattr(self.args, name)
-            before = copy(self.args)
-            vars(before).update({name: getattr(self._in_use, name) for name in options})
-        if self.args.teacher_record is not None or self.args.teacher_replay is not None:
-            raise UserError(
-                f"{', '.join(changes)} was set after the trainer was made, which a record of teacher outputs does not "
-                "allow: set it in the DistillationConfig, and make a new trainer"
-            )
-        if for_student and self.model_init is None:
-            if self._student is None:
-                refuse_ineffective(for_student, self.model.config)
-            self.model_init = self._named_student
-        now = before.with_changes(options)
-        refuse_idle(now, options)
-        self._use_settings(now, for_student, options)
-
-    def _use_settings(self, now: DistillationConfig, for_student: dict[str, Any], asked: Collection[str] = ()) -> None:
-        """Set the run up for these settings and fields of the student; those asked for must have an effect."""
-        views = run.views_with(self.train_dataset, self._in_use, now, asked)
-        vars(self.args).clear()
-        vars(self.args).update(vars(now))
-        self.train_dataset, self._for_student = views, for_student
-        self._in_use, self._is_changed = copy(now), True
-        self.set_up_average()
-        vars(self).pop("bad_images", None)  # it is made when first used
-        self._set_up(self.mixing.num_labels)
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        """Set up what Transformers sets up for the values of a trial, which `train` has put in place."""
-        super()._hp_search_setup(None)
-        self._trial = trial
-        if self._is_changed:
-            if self.compute_metrics is three_head_accuracy:
-                self._check_best_metric()
-            self._train_batch_size = self.args.train_batch_size
-            self.create_accelerator_and_postprocess()
-            self._is_changed = False
-
     # The whole run
 
     def train_and_save(self) -> dict[str, float]:
         """Train, evaluate, and write all files of the run to `output_dir`; see [`hf_deit.training.run`]."""
         return run.train_and_save(self)
-
-    def report(self) -> Report:
-        """Draw what was logged so far into report.png in `output_dir`; a notebook shows what is returned.
-
-        Raises:
-            ValueError: nothing was logged yet.
-        """
-        if not self.state.log_history:
-            raise UserError("there is nothing to report yet: nothing was logged. Train or evaluate first")
-        report = Report(Path(self.args.output_dir, "report.png"))
-        if self.is_world_process_zero():
-            held_out = self.summary is not None and self.summary.evaluates_on_new_images
-            plot_run(
-                self.state.log_history,
-                report.path,
-                teacher_top1=self.teacher_accuracy.get("teacher_top1"),
-                held_out=held_out,
-            )
-        return report
 
     # Evaluation
 

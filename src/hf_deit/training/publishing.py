@@ -26,20 +26,21 @@ from .. import __version__
 from ..arguments import DataArguments, names_affecting
 from ..data.registry import REGISTRY
 from ..data.summary import DatasetSummary
-from ..errors import clear_hub_errors, why_of_hub
+from ..errors import UserError, clear_hub_errors, why_of_hub
 from ..models.configuration_deit import DeiTConfig
 from ..models.modeling_deit import DeiTPreTrainedModel
-from ..teachers.fingerprint import fingerprint_of_images
-from ..teachers.replaying import record_at
-from ..teachers.teacher_outputs import TeacherOutputs
-from . import checkpoints
-from .distillation_config import (
+from ..options.distillation_config import (
     BASE_BATCH_SIZE,
     PAPER_BASE_LEARNING_RATE,
     PAPER_WARMUP_EPOCHS,
     DistillationConfig,
     settings_of,
 )
+from ..plots.run import Report, plot_run
+from ..teachers.fingerprint import fingerprint_of_images
+from ..teachers.replaying import record_at
+from ..teachers.teacher_outputs import TeacherOutputs
+from . import checkpoints
 from .model_card import CardFacts, build_model_card, hub_id, public_name
 from .resuming import ResumableTrainer
 
@@ -74,6 +75,8 @@ class PublishingTrainer(ResumableTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if self.args.hub_token is not None:
+            self.args.hub_token = UnpickledToken(self.args.hub_token)
         if self.pop_callback(TensorBoardCallback):
             self.add_callback(OneEventFile())
         self.summary = summary
@@ -108,6 +111,25 @@ class PublishingTrainer(ResumableTrainer):
             config = copy(self.model.config)
             config.architectures = [type(_base_of(self.model)).__name__]
             config.save_pretrained(self.args.output_dir)
+
+    def report(self) -> Report:
+        """Draw what was logged so far into report.png in `output_dir`; a notebook shows what is returned.
+
+        Raises:
+            ValueError: nothing was logged yet.
+        """
+        if not self.state.log_history:
+            raise UserError("there is nothing to report yet: nothing was logged. Train or evaluate first")
+        report = Report(Path(self.args.output_dir, "report.png"))
+        if self.is_world_process_zero():
+            held_out = self.summary is not None and self.summary.evaluates_on_new_images
+            plot_run(
+                self.state.log_history,
+                report.path,
+                teacher_top1=self.teacher_accuracy.get("teacher_top1"),
+                held_out=held_out,
+            )
+        return report
 
     def create_model_card(
         self, *, model_name: str | None = None, license: str = "apache-2.0", tags: Sequence[str] = ()

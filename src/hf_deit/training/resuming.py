@@ -31,10 +31,10 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from ..data.decoding import BadImages
 from ..errors import Preempted, UserError, first_line, sigterm_raises
 from ..files import flush, read_json
+from ..options.distillation_config import DistillationConfig, settings_of
 from ..processes import claim_directory, on_main_process, only_run_in
 from . import checkpoints
 from .checkpoints import UNFINISHED, CheckpointError
-from .distillation_config import DistillationConfig, settings_of
 from .ema import ExponentialMovingAverage
 from .preemption import Preemption, outlive_sigterm
 

@@ -7,7 +7,7 @@ Each part may be given as an object or by name: a directory, a Hub id or a regis
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,11 +18,12 @@ from transformers import PreTrainedModel, SchedulerType, set_seed
 
 from ..arguments import DataArguments, ModelArguments
 from ..augmentation.transforms import TrainTransform, build_train_transform
+from ..data.labels import labels_of
 from ..data.sources import is_image_dataset
 from ..data.summary import summarize
 from ..data.views import TrainViews, load_views
 from ..errors import UserError, printable, refusals_of_libraries, some_of
-from ..evaluation.metrics import three_head_accuracy
+from ..evaluation.metrics import names_of_metrics, three_head_accuracy
 from ..models.class_names import class_names
 from ..models.classifiers import load_pretrained
 from ..models.configuration_deit import SIZES, DeiTConfig
@@ -32,8 +33,10 @@ from ..models.modeling_deit import (
     DeiTPreTrainedModel,
 )
 from ..models.weight_files import check_attention
+from ..options.distillation_config import LONGEST_WARMUP, PAPER_WARMUP_EPOCHS, DistillationConfig
+from ..teachers.recording import RecordingTeacher
+from ..teachers.replaying import ReplayedTeacher
 from ..teachers.teacher import Teacher, load_teacher
-from .distillation_config import LONGEST_WARMUP, PAPER_WARMUP_EPOCHS, DistillationConfig
 
 
 if TYPE_CHECKING:
@@ -85,6 +88,63 @@ def student_of(name: ModelArguments | str, train: TrainViews, seed: int, **chang
     set_seed(seed)
     with refusals_of_libraries():  # a missing attention backend, say
         return build_student(name, train.transform.image_size, dict(enumerate(train.images.features["label"].names)))
+
+
+def recorded_or_replayed(
+    teacher: Any,
+    args: DistillationConfig,
+    fingerprint: Callable[[], dict[str, Any]],
+    *,
+    data: dict[str, object],
+    commit: Callable[[str], str | None],
+) -> Any:
+    """Return what answers for the teacher: itself, itself with its outputs recorded, or a record of them.
+
+    Args:
+        fingerprint: see [`RecordingTeacher`].
+        data: keys of a recipe that name the images, for the record.
+        commit: returns the commit of a record on the Hub from which this run began; None at its start.
+    """
+    kind, batch_size = args.distillation_type, args.train_batch_size
+    if args.teacher_replay is not None:
+        return ReplayedTeacher(
+            fingerprint, record=args.teacher_replay, kind=kind, batch_size=batch_size, teacher=teacher, commit=commit
+        )
+    if args.teacher_record is not None:
+        return RecordingTeacher(
+            teacher,
+            fingerprint,
+            directory=args.teacher_record,
+            kind=kind,
+            top_k=args.teacher_top_k,
+            batch_size=batch_size,
+            device=args.device,
+            data=data,
+        )
+    return teacher
+
+
+def check_best_metric(trainer: DistillationTrainer, num_classes: int) -> None:
+    """Raise a [`UserError`] for a `metric_for_best_model` that no evaluation of the three heads gives."""
+    heads = 3 if hasattr(trainer.model, "distillation_classifier") else 1
+    known = names_of_metrics(heads, num_classes, labels_of(getattr(trainer.eval_dataset, "images", ())))
+    if trainer.ema is not None:
+        known += [f"ema_{name}" for name in known]
+    chosen = trainer.args.metric_for_best_model
+    if (chosen or "loss").removeprefix("eval_") not in known:
+        raise UserError(
+            f"metric_for_best_model is {chosen!r}; it must be one of {', '.join(known)}"
+            + (". Accuracy is called 'top1'" if chosen in ("accuracy", "eval_accuracy") else "")
+        )
+
+
+def mean_and_std(mean: Any, std: Any, processor: Any) -> tuple[Sequence[float], Sequence[float]]:
+    """Return what normalises uint8 pixels: as given, else that of the image processor, which is then needed."""
+    if mean is not None and std is not None:
+        return mean, std
+    if processor is None:
+        raise UserError("mean and std of the pixels are unknown: pass processing_class, or mean and std")
+    return processor.image_mean, processor.image_std
 
 
 def check_functions(model: Any, model_init: Any, compute_metrics: Any, options: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 from ..arguments import available_cores, names_affecting, option
 from ..errors import UserError
 from ..losses import CLASS_WEIGHTINGS, DISTILLATION_TYPES, KL_REDUCTIONS
-from ..options.stock_options import STOCK_OPTIONS
+from .stock_options import STOCK_OPTIONS
 
 
 logger = logging.getLogger(__name__)
