@@ -123,8 +123,8 @@ def flipped_bit_in_a_record() -> Row:
     middle = lambda data: len(data) // 2  # noqa: E731
     flip = lambda data: data[: middle(data)] + bytes([data[middle(data)] ^ 1]) + data[middle(data) + 1 :]  # noqa: E731
     with broken_record("flipped record", flip) as run:
-        said = run.last_words
-    return clear(said, "record", run.goes_on(), f"step {run.step}")
+        said, step = run.last_words, run.step + 1
+    return clear(said, "record", run.goes_on(), f"in step {step}")
 
 
 @FAULTS

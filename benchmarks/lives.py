@@ -6,6 +6,7 @@ process forked from this one, which costs little, or with `fresh` a real new one
 leave behind (`PR_SET_CHILD_SUBREAPER`), so that nothing can hide from it. Linux only.
 """
 
+import atexit
 import ctypes
 import faulthandler
 import functools
@@ -148,7 +149,15 @@ def start(main: Callable, arguments: list[str], log: Path, ranks: int = 1, prepa
     of their own. `prepare` is called first."""
 
     def process():
+        atexit._clear()  # this process's own; and multiprocessing, other than a script's end, would call none
+        try:
+            begin()
+        finally:
+            atexit._run_exitfuncs()
+
+    def begin():
         os.setsid()
+        ctypes.CDLL(None).prctl(PR_SET_NAME, b"python", 0, 0, 0)
         faulthandler.register(signal.SIGUSR1)  # says where a hung run is
         signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup and in the background, these two are
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored by this process

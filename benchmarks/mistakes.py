@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -143,7 +144,8 @@ def other_teacher() -> Row:
     said = run.find("resuming with teacher|resuming with .*another teacher")
     promise(said, "a warning that names it")
     card = (run.output / "README.md").read_text()
-    promise(str(other) in card and card.count(str(TEACHER)) >= 1, "a card that names both")
+    promise(re.search(r"another teacher", card), "a card that names the new one")
+    promise(re.search(rf"teacher {TEACHER.name}\b", card), "a card that names the one before")
     return Row(said, "nothing; the card names both teachers")
 
 
@@ -186,7 +188,7 @@ def other_batch() -> Row:
 @MISTAKES
 def earlier_checkpoint() -> Row:
     """back to an earlier checkpoint, and SIGKILL soon after"""
-    run = Run("earlier").stopped_by(signal.SIGKILL, 22)
+    run = Run("earlier", save_total_limit=10).stopped_by(signal.SIGKILL, 22)
     run.changed(resume_from_checkpoint=run.output / "checkpoint-10").stopped_by(signal.SIGKILL, 17)
     said = run.find("moved to")
     promise(said and run.checkpoints[-1].name == "checkpoint-15", "newer checkpoints set aside")
@@ -223,14 +225,14 @@ def pipe_among_images() -> Row:
 
 @MISTAKES
 def leftovers() -> Row:
-    """a half-written checkpoint of a killed run, and a stranger's files"""
+    """a half-written checkpoint of a killed run, and a folder of the user"""
     run = Run("leftovers").stopped_by(signal.SIGKILL, FAULTY_STEP)
     shutil.copytree(run.checkpoints[-1], run.output / "_unfinished/checkpoint-12")
-    (run.output / "checkpoint-old").mkdir()
-    (run.output / "checkpoint-99").write_text("a file")
-    lost = run.goes_on() if not (run.output / "checkpoint-99").unlink() else ""
+    (run.output / "my notes").mkdir()
+    lost = run.goes_on()
     promise(not (run.output / "_unfinished").exists(), "nothing left")
-    return Row("removed the half; left what is not its own", lost)
+    promise((run.output / "my notes").is_dir(), "what is not the run's is left alone")
+    return Row("the half was removed, the folder left", lost)
 
 
 @MISTAKES
