@@ -245,7 +245,7 @@ def strike_launcher(launcher, run: Run) -> list[str]:
             time.sleep(0.02)
         if len(statuses) < len(ranks):
             return [f"{len(ranks) - len(statuses)} ranks outlived their launcher by a minute"]
-        early = {-signal.SIGTERM} if not run.log.read_text() else set()
+        early = {-signal.SIGTERM} if run.place(0) == "importing" else set()  # Python itself was starting
         wrong = set(statuses.values()) - {os.EX_TEMPFAIL} - early - ({0} if run.finished else set())
         return [f"status {status} after the launcher's death" for status in wrong]
     return []
