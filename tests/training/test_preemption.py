@@ -140,6 +140,32 @@ def test_a_worker_goes_whose_loader_is_killed_while_it_starts(whose, stays):
     assert there == stays
 
 
+STRUCK_AT_BIRTH = """
+import os, subprocess, sys, time
+from torch.utils.data import DataLoader
+from hf_deit.training.preemption import outlive_sigterm, sheltered_start
+
+def struck_by_a_stranger():
+    subprocess.run(["kill", "-TERM", str(os.getpid())], check=True)
+    time.sleep(0.2)
+
+context = sheltered_start() if sys.argv[1] == "sheltered" else "fork"
+loader = DataLoader(
+    range(8), num_workers=1, worker_init_fn=outlive_sigterm(None), multiprocessing_context=context
+)
+os.register_at_fork(after_in_child=struck_by_a_stranger)
+print(sum(batch.item() for batch in loader))
+"""
+
+
+@pytest.mark.parametrize("start, outlives", [("sheltered", True), ("plain", False)])
+def test_a_worker_outlives_a_signal_that_comes_before_its_first_line(start, outlives):
+    """A kill of everything in an evaluation met a worker that had only just been forked."""
+    program = [sys.executable, "-c", STRUCK_AT_BIRTH, start]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    assert (done.returncode == 0 and done.stdout == "28\n") == outlives
+
+
 STOPPED_WHILE_TWO_SIGNALS_COME = """
 import os, signal, subprocess, sys, time
 from torch.utils.data import DataLoader

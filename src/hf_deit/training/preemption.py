@@ -13,7 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.context import BaseContext
 from multiprocessing.util import Finalize
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,6 +108,29 @@ class Preemption(TrainerCallback):
 def _ends_an_epoch(state) -> bool:
     """Whether an undisturbed run would end its epoch with this step: the epoch, or the whole run, is over."""
     return state.epoch > 0 and (float(state.epoch).is_integer() or state.global_step >= state.max_steps)
+
+
+def sheltered_start() -> BaseContext | None:
+    """Return a context for a data loader whose workers are born with SIGTERM blocked.
+
+    They keep it so until [`outlive_sigterm`] looks at who sent it; without, a signal to all could end one before.
+    None where workers are not forked: those import Python anew, and a signal to all ends them meanwhile.
+    """
+    if multiprocessing.get_start_method() != "fork":
+        return None
+    forked = multiprocessing.get_context("fork")
+
+    class Sheltered(forked.Process):
+        def start(self) -> None:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            try:
+                super().start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    context: Any = type(forked)()
+    context.Process = Sheltered
+    return context
 
 
 def outlive_sigterm(worker_init_fn: Callable[[int], None] | None) -> Callable[[int], None]:

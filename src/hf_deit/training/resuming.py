@@ -36,7 +36,7 @@ from ..processes import claim_directory, on_main_process, only_run_in
 from . import checkpoints
 from .checkpoints import UNFINISHED, CheckpointError
 from .ema import ExponentialMovingAverage
-from .preemption import Preemption, outlive_sigterm
+from .preemption import Preemption, outlive_sigterm, sheltered_start
 
 
 logger = logging.getLogger(__name__)
@@ -382,6 +382,8 @@ class ResumableTrainer(Trainer):
             loader, "base_dataloader", loader
         )  # accelerate's wrapper passes reads of attributes on to it, but not writes
         torch_loader.worker_init_fn = outlive_sigterm(torch_loader.worker_init_fn)
+        if torch_loader.num_workers and torch_loader.multiprocessing_context is None:
+            torch_loader.multiprocessing_context = sheltered_start()
         # A loader draws a seed whenever it starts its workers, which in a resumed run happens at other moments than in
         # an uninterrupted one. Drawn from the global generator, the seed would shift all later random numbers.
         torch_loader.generator = torch.Generator()
