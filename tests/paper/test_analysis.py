@@ -222,6 +222,9 @@ def test_attention_is_that_of_stock(model, pixel_values, tmp_path, layer):
             expected = chosen[image, :, row, 2:].reshape(2, 4, 4)
             assert np.array(maps["heads"]) == pytest.approx(expected, abs=1e-5)
             assert np.array(maps["mean"]) == pytest.approx(expected.mean(axis=0), abs=1e-5)
+            assert np.array(maps["first"]) == pytest.approx(
+                attentions[0][image, :, row, 2:].mean(0).reshape(4, 4), abs=1e-5
+            )
             assert np.array(maps["rollout"]) == pytest.approx(rollout[row, 2:].reshape(4, 4), abs=1e-5)
 
 

@@ -118,8 +118,31 @@ def test_a_scale_like_another_has_its_fields_rows_and_seeds(sweep, tmp_path):
 
 
 def test_the_caption_says_what_the_runs_have_in_common(sweep):
-    assert sweep("little", [0, 1, 2]).caption == "cifar10, 3 seeds"  # lengths and sizes differ by column
+    # Lengths and sizes of images differ by column. A block of width w has 12 w² + 13 w parameters: twelve are 1.34M,
+    # and the patches of 16 pixels 0.07M.
+    assert sweep("little", [0, 1, 2]).caption == "cifar10, 1.4M parameters, 3 seeds"
     assert sweep("paper", [0]).caption == "imagenet-1k, 1 seed"
+
+
+def test_labels_say_what_ran_where_a_name_says_the_papers(sweep, tmp_path):
+    assert sweep("paper").labels == {}
+    assert sweep("little").labels == {
+        "224": "32 pixels, 30 epochs\nfor the paper's 224",
+        "384": "48 pixels, 3 epochs\nfor the paper's 384",
+    }
+    columns = {"150 epochs": {"recipe": "{}", "keys": {"num_train_epochs": 150}}, "all": {"recipe": "{}"}}
+    rows = [
+        {"name": "strong", "recipe": "imagenet/deit_base_distilled"},
+        {"name": "weak", "recipe": "ablations/taught_by_deit"},
+    ]
+    table = {"title": "Figure", "columns": columns, "rows": rows}
+    (tmp_path / "recipes/tables/a.yaml").write_text(yaml.safe_dump(table))
+    labels = sweep("little").labels
+    assert labels == {
+        "150 epochs": "15 epochs\nfor the paper's 150 epochs",
+        "strong": "convnet teacher\nfor the paper's strong",
+        "weak": "other teacher\nfor the paper's weak",
+    }
 
 
 def test_a_finished_run_is_not_done_again_unless_its_settings_changed(sweep, tmp_path):
@@ -253,7 +276,7 @@ def test_rebuild_runs_nothing_and_writes_what_there_is(tmp_path):
     done = subprocess.run([*command, "--results", str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "starved/table_tokens.md").read_text()
-    assert "cifar10, 2,500 training images, 100 epochs, 32 pixels, 5 seeds" in page
+    assert "cifar10, 2,500 training images, 100 epochs, 32 pixels, 0.5M parameters, 5 seeds" in page
     assert "| two class tokens | B 224 | 41.00 ± 0.00 | 2 | +1.00 ± 0.00 |  |" in page
     assert "| distillation token | B 224 | not run | 0 |" in page
     assert (tmp_path / "starved/table_tokens.png").exists()

@@ -25,7 +25,7 @@ def by_class(classes: int, models: list[str]) -> dict:
 
 
 def attention(tokens: list[str]) -> dict:
-    shapes = {"heads": (3, 4, 4), "mean": (4, 4), "rollout": (4, 4)}
+    shapes = {"heads": (3, 4, 4), "mean": (4, 4), "first": (4, 4), "rollout": (4, 4)}
     maps = [{token: {kind: RNG.random(shape) for kind, shape in shapes.items()} for token in tokens} for _ in PIXELS]
     return {"model": LONG, "captions": ["cat", LONG], "images": PIXELS, "layer": 3, "layers": 3, "maps": maps}
 
@@ -83,6 +83,20 @@ def test_the_heat_map_is_the_table_and_says_its_numbers(tmp_path, drawn):
     axes = drawn[0].axes[0]
     assert (axes.images[0].get_array() == RATES).all()
     assert [float(text.get_text()) for text in axes.texts] == RATES.flatten().tolist()
+
+
+@pytest.mark.parametrize("largest, darkest", [(0.0175, 0.25), (0.5, 0.5)])
+def test_near_agreement_is_not_drawn_dark(tmp_path, drawn, largest, darkest):
+    rates = [[0, largest], [largest, 0]]
+    analysis.plot_disagreement(tmp_path / "picture.png", names=["a", "b"], rates=rates, images=9)
+    assert drawn[0].axes[0].images[0].get_clim() == (0, darkest)
+
+
+def test_the_first_layer_is_not_drawn_twice(tmp_path, drawn):
+    numbers = attention(["class"]) | {"layer": 1}
+    analysis.plot_attention(tmp_path / "picture.png", **numbers)
+    titles = [axes.get_title() for axes in drawn[0].axes[1:3]]
+    assert titles == ["class token\nlayer 1 of 3, mean", "class token\nrollout, all layers"]
 
 
 def test_every_class_and_head_has_its_mark(tmp_path, drawn):
@@ -148,13 +162,20 @@ def test_attention_lies_over_its_image_as_a_share_of_its_largest(tmp_path, drawn
     _, numbers = PICTURES["attention"]
     analysis.plot_attention(tmp_path / "picture.png", **numbers)
     analysis.plot_attention_heads(tmp_path / "picture.png", **numbers)
-    columns = [("class", "mean"), ("distillation", "mean"), ("class", "rollout"), ("distillation", "rollout")]
-    grid = np.array(drawn[0].axes[:10]).reshape(2, 5)
+    columns = [(token, kind) for kind in ("first", "mean", "rollout") for token in ("class", "distillation")]
+    grid = np.array(drawn[0].axes[:14]).reshape(2, 7)
+    titles = [axes.get_title().split("\n") for axes in grid[0, 1:]]
+    assert [title[0] for title in titles] == [f"{token} token" for token, _ in columns]
+    assert [title[1] for title in titles[::2]] == ["layer 1 of 3, mean", "layer 3 of 3, mean", "rollout, all layers"]
     for row, tokens in zip(grid, numbers["maps"]):
         for axes, (token, kind) in zip(row[1:], columns):
             grey, shown = axes.images
             assert np.array(shown.get_array()) == pytest.approx(tokens[token][kind] / tokens[token][kind].max())
             assert shown.get_extent() == grey.get_extent()
+            one, other = (tokens[name][kind] / tokens[name][kind].sum() for name in ("class", "distillation"))
+            shared = 1 - np.abs(one - other).sum() / 2  # what is not moved from one map to the other
+            expected = f"{100 * shared:.0f} % as the class token" if token == "distillation" else ""
+            assert axes.get_xlabel() == expected
     grid = np.array(drawn[1].axes[:16]).reshape(4, 4)
     for row, (number, token) in zip(grid, [(0, "class"), (0, "distillation"), (1, "class"), (1, "distillation")]):
         assert (row[0].images[0].get_array() == PIXELS[number]).all()

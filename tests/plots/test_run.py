@@ -66,18 +66,43 @@ def test_all_text_lies_inside_the_picture(tmp_path, drawn):
     assert figure_box.x0 <= box.x0 and figure_box.y0 <= box.y0 and box.x1 <= figure_box.x1 and box.y1 <= figure_box.y1
 
 
-@pytest.mark.parametrize("history", [[], HISTORY[:1], HISTORY[3:4], [{"train_runtime": 1.0}]])
-def test_missing_series_are_said_not_raised(tmp_path, drawn, history):
-    run.plot_run(history, tmp_path / "report.png")
-    logged = {key for entry in history for key in entry}
-    for axes, key in zip(drawn[0].axes, ("loss", "learning_rate", "top1")):
-        empty = not any(key in name for name in logged - {"train_loss"})
-        assert [text.get_text() for text in axes.texts] == (["not logged"] if empty else [])
+@pytest.mark.parametrize(
+    "history, titles",
+    [
+        ([], []),
+        ([{"train_runtime": 1.0}], []),
+        (HISTORY[:1], ["Losses", "Learning rate"]),
+        (HISTORY[3:4], ["Losses", "Accuracy"]),
+    ],
+)
+def test_a_panel_without_values_is_left_out(tmp_path, drawn, history, titles):
+    run.plot_run(history, tmp_path / "report.png", teacher_top1=0.9)
+    assert [axes.get_title() for axes in drawn[0].axes] == titles
+    assert [text.get_text() for text in drawn[0].texts] == ([] if titles else ["nothing was logged"])
 
 
-def test_one_point_is_visible(tmp_path, drawn):
-    run.plot_run(HISTORY[:1], tmp_path / "report.png")
-    assert all(line.get_marker() == "o" for line in drawn[0].axes[0].lines)
+def test_every_line_of_a_short_run_is_named_and_has_its_marks(tmp_path, drawn):
+    """Three epochs, no training loss logged: what is drawn is not taken for it."""
+    run.plot_run([evaluation(epoch, 1.0 / epoch, 0.5, 0.4, 0.3) for epoch in (1.0, 2.0, 3.0)], tmp_path / "report.png")
+    losses, accuracies = drawn[0].axes
+    legend = losses.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["evaluation loss"]
+    assert legend.get_title().get_text() == "training loss: not logged"
+    assert {line.get_marker() for axes in (losses, accuracies) for line in axes.lines} == {"o"}
+    for axes in (losses, accuracies):
+        named = {text.get_text() for text in axes.get_legend().get_texts()}
+        assert named == {line.get_label() for line in axes.lines}
+
+
+def test_the_losses_are_marked_while_they_are_few(tmp_path, drawn):
+    for count in (1, 12, 13):
+        run.plot_run([{"epoch": float(epoch), "loss": 1.0} for epoch in range(count)], tmp_path / "report.png")
+    assert [figure.axes[0].lines[0].get_marker() for figure in drawn] == ["o", "o", "None"]
+
+
+def test_a_run_of_less_than_three_epochs_has_marks_between_them(tmp_path, drawn):
+    run.plot_run([{"epoch": epoch / 10, "loss": 1.0} for epoch in range(1, 11)], tmp_path / "report.png")
+    assert any(tick % 1 for tick in drawn[0].axes[0].get_xticks())
 
 
 def test_a_loss_that_is_not_finite_does_not_stop_the_picture(tmp_path):

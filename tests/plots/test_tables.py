@@ -57,6 +57,8 @@ def test_a_table_shows_every_seed_the_mean_and_the_papers_number(tmp_path, drawn
     assert list(seeds.get_xdata()) == [42.0, 44.0, 43.0] and list(mean.get_xdata()) == [43.0]
     assert [text.get_text() for text in first.texts] == ["43.0  (paper: 81.8)", "46.5"]
     assert len(second.texts) == 1
+    note = drawn[0]._supxlabel.get_text()
+    assert "dot: one seed" in note and "bar: mean of the seeds" in note and "the paper's number" in note
     box = drawn[0].get_tightbbox().transformed(drawn[0].dpi_scale_trans)
     assert box.x1 <= drawn[0].bbox.x1 and box.y1 <= drawn[0].bbox.y1
 
@@ -67,6 +69,27 @@ def test_a_table_as_lines_joins_the_means(tmp_path, drawn):
     assert lines(axes)["none"] == ([0, 1], [43.0, 45.0])
     assert lines(axes)["token"] == ([0], [46.5])
     assert [label.get_text() for label in axes.get_xticklabels()] == ["224", "384"]
+
+
+@pytest.mark.parametrize("as_lines", [False, True])
+def test_labels_stand_in_for_the_papers_names(tmp_path, drawn, as_lines):
+    labels = {"224": "32 pixels\nfor the paper's 224", "token": "weak teacher\nfor the paper's token"}
+    tables.plot_table(TABLE, tmp_path / "table.png", title="Table 3\ncifar10", lines=as_lines, labels=labels)
+    figure = drawn[0]
+    first, *more = figure.axes
+    if as_lines:
+        columns = [label.get_text() for label in first.get_xticklabels()]
+        rows = [text.get_text() for text in first.get_legend().get_texts()]
+        assert "line: mean of the seeds" in figure._supxlabel.get_text()
+        assert "paper" not in figure._supxlabel.get_text()  # none of its numbers is drawn
+    else:
+        columns = [axes.get_title() for axes in (first, *more)]
+        rows = [label.get_text() for label in first.get_yticklabels()]
+    assert columns == [labels["224"], "384"] and rows == ["none", labels["token"]]
+    assert figure.get_suptitle() == "Table 3\ncifar10"
+    box = figure.get_tightbbox().transformed(figure.dpi_scale_trans)
+    assert figure.bbox.x0 <= box.x0 and figure.bbox.y0 <= box.y0
+    assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
 
 
 def test_a_table_without_runs_is_an_empty_picture(tmp_path):

@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts = "\n".join(part for part in (each.markdown(), claims_markdown(each)) if part)
         name.with_suffix(".md").write_text(f"{title}\n\n{parts}", "utf-8")
         if any(values for _, _, values, _ in each.points()):
-            plot_table(each.points(), name.with_suffix(".png"), title=title, lines=each.is_a_line)
+            picture = name.with_suffix(".png")
+            plot_table(each.points(), picture, title=title, lines=each.is_a_line, labels=each.labels)
         print(title, parts, sep="\n\n")
     if failed:
         sys.exit("\n".join(failed))

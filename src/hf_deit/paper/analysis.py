@@ -293,8 +293,9 @@ def attention_maps(model: DeiTPreTrainedModel, pixel_values: Tensor, layer: int 
 
     Returns:
         `layer` (from 1), the number of `layers`, and `maps`: one entry per image, by token: `heads` (a map of rows x
-        columns for each head), the `mean` of these, and `rollout`, attention through all layers. A map holds the
-        weights of the patches; together with those of the prefix tokens they sum to 1.
+        columns for each head), the `mean` of these, `first`, the mean in the first layer, and `rollout`, attention
+        through all layers. A map holds the weights of the patches; together with those of the prefix tokens they sum
+        to 1.
 
     Raises:
         ValueError: if the model has no such layer.
@@ -317,8 +318,9 @@ def attention_maps(model: DeiTPreTrainedModel, pixel_values: Tensor, layer: int 
         tokens = {}
         for number, name in enumerate(names):
             heads = chosen[image, :, number, prefix:].unflatten(-1, grid)
+            first = attentions[0][image, :, number, prefix:].float().mean(0).unflatten(-1, grid)
             through = rollout[image, number, prefix:].unflatten(-1, grid)
-            found = {"heads": heads, "mean": heads.mean(0), "rollout": through}
+            found = {"heads": heads, "mean": heads.mean(0), "first": first, "rollout": through}
             tokens[name] = {key: _plain(value) for key, value in found.items()}
         maps.append(tokens)
     return {"layer": index + 1, "layers": layers, "maps": maps}

@@ -13,11 +13,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import yaml
@@ -353,21 +354,51 @@ class Sweep:
 
     @property
     def caption(self) -> str:
-        """What the table's runs have in common: dataset, number of images, epochs, size of the images, seeds."""
+        """What the table's runs have in common: dataset, number of images, epochs, sizes of image and model, seeds."""
         students = [self.run_of(cell, self.seeds[0]).keys for cell in self.cells]
 
-        def common(key: str, text: str, default: object = None) -> list[str]:
-            values = {keys.get(key, default) for keys in students}
-            value = values.pop()
-            return [text.format(value)] if not values and value is not None else []
+        def common(values: Iterable[object], text: str) -> list[str]:
+            value, *others = set(values)
+            return [text.format(value)] if not others and value is not None else []
 
         facts = [
-            *common("dataset_name", "{}", "imagenet-1k"),
-            *common("max_train_samples", "{:,} training images"),
-            *common("num_train_epochs", "{:g} epochs", 300),
-            *common("image_size", "{} pixels", 224),
+            *common((keys.get("dataset_name", "imagenet-1k") for keys in students), "{}"),
+            *common((keys.get("max_train_samples") for keys in students), "{:,} training images"),
+            *common((keys.get("num_train_epochs", 300) for keys in students), "{:g} epochs"),
+            *common((keys.get("image_size", 224) for keys in students), "{} pixels"),
+            *common(map(_size_of_student, students), "{} parameters"),
         ]
         return ", ".join([*facts, f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)}"])
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """What a picture writes for a row or a column whose name says what the paper ran, and not what ran here.
+
+        A column that names a number of pixels or epochs gets those of its runs (of these two, the one that varies
+        between the columns, if only one does), a row its teacher, where the rows differ in it.
+        """
+        texts = {"image_size": "{} pixels", "num_train_epochs": "{:g} epochs"}
+        defaults = {"image_size": 224, "num_train_epochs": 300}
+        columns, papers = {}, {}
+        teachers: dict[str, dict[str, str]] = {}
+        for cell in self.cells:
+            run = self.run_of(cell, self.seeds[0])
+            columns.setdefault(cell.column, defaults | run.keys)
+            papers.setdefault(cell.column, defaults | _read(self.recipes / f"{cell.recipe}.yaml") | cell.keys)
+            made_here = {needed.keys["output_dir"]: needed.name for needed in run.needs}
+            if (teacher := run.keys.get("teacher")) in made_here:
+                name = PurePosixPath(made_here[teacher]).name.replace("_", " ")
+                teachers.setdefault(cell.column, {})[cell.row] = name
+        varying = [key for key in texts if len({keys[key] for keys in columns.values()}) > 1] or list(texts)
+        labels = {
+            column: f"{', '.join(texts[key].format(keys[key]) for key in varying)}\nfor the paper's {column}"
+            for column, keys in columns.items()
+            if any(keys[key] != papers[column][key] and f"{papers[column][key]:g}" in column.split() for key in texts)
+        }
+        for rows in teachers.values():
+            if len(set(rows.values())) > 1:
+                labels |= {row: f"{teacher}\nfor the paper's {row}" for row, teacher in rows.items()}
+        return labels
 
     def points(self) -> list[tuple[str, str, list[float], float | None]]:
         """Row, column, measured values (percent, one per seed) and the paper's number of each cell."""
@@ -397,6 +428,29 @@ def _recipe_of(output: str) -> str | None:
     """The recipe whose output directory is `output`; None for any other path."""
     path = PurePosixPath(output)
     return str(path.relative_to(OUTPUTS)) if path.is_relative_to(OUTPUTS) else None
+
+
+def _size_of_student(keys: Mapping) -> str | None:
+    """Number of parameters of a run's student, such as "0.5M"; None where the keys do not tell it."""
+    known = REGISTRY.get(keys.get("dataset_name", "imagenet-1k"))
+    if known is None or ("model_name_or_path" in keys and "hidden_size" not in keys):
+        return None
+    names = {item.name for item in fields(ModelArguments)} - {"model_name_or_path", "teacher", "teacher_recipe"}
+    own = tuple(sorted((name, keys[name]) for name in names & keys.keys()))
+    return _size_of(own, int(keys.get("image_size", 224)), known.num_classes)
+
+
+@cache
+def _size_of(own: tuple[tuple[str, object], ...], image_size: int, classes: int) -> str:
+    import torch  # slow, and only a finished table needs it
+
+    from ..training.run import build_student
+
+    arguments: dict[str, Any] = dict(own)
+    with torch.device("meta"):  # no memory, no time
+        model = build_student(ModelArguments(**arguments), image_size, {label: str(label) for label in range(classes)})
+    millions = model.num_parameters() / 1e6
+    return f"{millions:.1f}M" if millions < 10 else f"{millions:.0f}M"
 
 
 def _read(path: Path) -> dict:

@@ -36,16 +36,20 @@ from .style import (
 
 
 OPACITY = 0.65  # of attention over an image
+LEAST_DISAGREEMENT = 0.25  # where the darkest colour stands, if no two predictors differ more
 
 
 def plot_disagreement(path: str | os.PathLike, *, names, rates, images: int) -> None:
-    """Draw Table 4 as a heat map with its numbers; the arguments come from [`disagreement`]."""
+    """Draw Table 4 as a heat map with its numbers; the arguments come from [`disagreement`].
+
+    The colours run from 0 to a quarter of the images at least, so that near agreement looks like it.
+    """
     values = np.array(rates)
     labels = [shorten(name) for name in names]
     side, longest = max(0.72 * len(names), 3), max(map(len, labels))
     figure = new_figure(side + 2.0 + 0.085 * longest, side + 1.0 + 0.06 * longest)
     axes = figure.subplots()
-    image = axes.imshow(values, cmap=SHARES, vmin=0, vmax=max(values.max(), 1e-9))
+    image = axes.imshow(values, cmap=SHARES, vmin=0, vmax=max(values.max(), LEAST_DISAGREEMENT))
     for row, column in np.ndindex(values.shape):
         color = "0.6" if row == column else text_color_on(image, values[row, column])
         text = f"{values[row, column]:.3f}"
@@ -213,19 +217,22 @@ def plot_token_similarity(path: str | os.PathLike, *, series: Sequence[Mapping])
 
 
 def plot_attention(path: str | os.PathLike, *, model: str, images, captions, layer: int, layers: int, maps) -> None:
-    """Draw mean attention and rollout of the tokens over each image; the arguments come from [`attention_maps`].
+    """Draw the tokens' mean attention in the first and in the chosen layer, and their rollout, over each image.
+
+    The arguments come from [`attention_maps`]. Where there are two tokens, the share of the attention that both give
+    to the same patches stands below the second's map.
 
     Args:
         model: name of the model.
         images: `(images, height, width, 3)` uint8, drawn in grey beneath the maps.
         captions: one line for each image.
     """
-    columns = [
-        (token, kind, f"{token} token\n{name}")
-        for kind, name in (("mean", f"layer {layer} of {layers}, mean"), ("rollout", "rollout, all layers"))
-        for token in maps[0]
-    ]
-    figure = new_figure(1.1 + 2.3 * (1 + len(columns)), 0.9 + 2.5 * len(images))
+    kinds = {"first": f"layer 1 of {layers}, mean", "mean": f"layer {layer} of {layers}, mean"}
+    kinds = {kind: name for kind, name in kinds.items() if kind == "mean" or layer > 1}
+    kinds["rollout"] = "rollout, all layers"
+    columns = [(token, kind, f"{token} token\n{name}") for kind, name in kinds.items() for token in maps[0]]
+    first = next(iter(maps[0]))
+    figure = new_figure(1.1 + 2.3 * (1 + len(columns)), 0.9 + 2.6 * len(images))
     grid = figure.subplots(len(images), 1 + len(columns), squeeze=False)
     for row, (pixels, caption, tokens) in enumerate(zip(images, captions, maps)):
         grid[row, 0].imshow(pixels)
@@ -233,8 +240,17 @@ def plot_attention(path: str | os.PathLike, *, model: str, images, captions, lay
         for axes, (token, kind, heading) in zip(grid[row, 1:], columns):
             shown = _lay_over(axes, pixels, tokens[token][kind])
             axes.set_title(heading if row == 0 else "", fontsize=TICK_SIZE)
+            if token != first:
+                share = 100 * _overlap(tokens[token][kind], tokens[first][kind])
+                axes.set_xlabel(f"{share:.0f} % as the {first} token", fontsize=TICK_SIZE)
     _finish_attention(figure, grid, shown, f"{shorten(model)}: attention to the patches")
     save_figure(figure, path)
+
+
+def _overlap(one, other) -> float:
+    """Share of the attention to the patches that two maps have in common, in [0, 1]."""
+    one, other = (np.array(weights) / max(np.sum(weights), 1e-12) for weights in (one, other))
+    return float(np.minimum(one, other).sum())
 
 
 def plot_attention_heads(

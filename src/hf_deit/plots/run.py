@@ -37,6 +37,7 @@ LOSSES = (
     ("eval_loss", "evaluation loss", {"color": OTHER, "linestyle": "--"}),
 )
 RATES = (("learning_rate", "learning rate", {"color": FUSED}),)
+FEW = 12  # with at most so many values a line has a mark at each
 ACCURACIES = (
     ("eval_top1", "fused", {"color": FUSED, "linewidth": 3.2}),
     ("eval_class_top1", "class head", {"color": CLASS}),
@@ -72,8 +73,8 @@ def plot_run(
     """Draw the parts of the loss, the learning rate and the top-1 of the heads over the epochs, side by side.
 
     Args:
-        log_history: the Trainer's entries, in order. A panel without logged values says "not logged". Of two entries
-            for the same epoch (a final evaluation), the later one counts.
+        log_history: the Trainer's entries, in order. A panel without logged values is left out. Of two entries for the
+            same epoch (a final evaluation), the later one counts.
         path: the file to write; its suffix selects the format (`report.png`). Missing folders are created.
         teacher_top1: fraction in [0, 1], drawn as a horizontal line in the panel of the heads.
         title: one line above the panels.
@@ -85,28 +86,34 @@ def plot_run(
     if teacher_top1 is not None and not 0 <= teacher_top1 <= 1:
         raise UserError(f"teacher_top1 is {teacher_top1}; it must be a fraction in [0, 1], for example 0.972")
 
-    figure = new_figure(15, 4.8)
-    losses, rates, accuracies = figure.subplots(1, 3)
+    panels = [lines for lines in (LOSSES, RATES, ACCURACIES) if any(_points(log_history, key) for key, _, _ in lines)]
+    figure = new_figure(5 * max(1, len(panels)), 4.8)
     if title:
         add_heading(figure, title)
-
-    _draw(losses, log_history, LOSSES, title="Losses", unit="nats")
-    _draw(rates, log_history, RATES, title="Learning rate", unit="")
-    rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    _draw(
-        accuracies,
-        log_history,
-        ACCURACIES,
-        title="Held-out accuracy" if held_out else "Accuracy",
-        unit="top-1 (%)",
-        percent=True,
-    )
-    if teacher_top1 is not None:
-        level = 100 * teacher_top1
-        accuracies.axhline(level, color=TEACHER, linestyle=":", linewidth=2, label=f"teacher  {level:.1f} %")
-    for axes in (losses, rates, accuracies):
-        _finish(axes)
+    if not panels:
+        figure.text(0.5, 0.5, "nothing was logged", ha="center", va="center", fontsize=LABEL_SIZE, color="0.4")
+    for lines, axes in zip(panels, figure.subplots(1, max(1, len(panels)), squeeze=False)[0] if panels else []):
+        if lines is LOSSES:
+            _draw(axes, log_history, lines, title="Losses", unit="nats")
+            # An evaluation loss alone would be taken for the training loss.
+            _finish(axes, "" if _points(log_history, "loss") else "training loss: not logged")
+        elif lines is RATES:
+            _draw(axes, log_history, lines, title="Learning rate", unit="")
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+            _finish(axes)
+        else:
+            name = "Held-out accuracy" if held_out else "Accuracy"
+            _draw(axes, log_history, lines, title=name, unit="top-1 (%)", percent=True)
+            if teacher_top1 is not None:
+                level = 100 * teacher_top1
+                axes.axhline(level, color=TEACHER, linestyle=":", linewidth=2, label=f"teacher  {level:.1f} %")
+            _finish(axes)
     save_figure(figure, path)
+
+
+def _points(log_history: Sequence[Mapping[str, float]], key: str) -> dict[float, float]:
+    """The logged values by epoch."""
+    return {entry["epoch"]: entry[key] for entry in log_history if key in entry and "epoch" in entry}
 
 
 def _draw(axes: Axes, log_history, lines, title: str, unit: str, percent: bool = False) -> None:
@@ -115,7 +122,7 @@ def _draw(axes: Axes, log_history, lines, title: str, unit: str, percent: bool =
     axes.set_ylabel(unit, fontsize=LABEL_SIZE)
     axes.set_xlabel("epoch", fontsize=LABEL_SIZE)
     for key, label, style in lines:
-        points = {entry["epoch"]: entry[key] for entry in log_history if key in entry and "epoch" in entry}
+        points = _points(log_history, key)
         if not points:
             continue
         epochs, values = list(points), list(points.values())
@@ -129,7 +136,7 @@ def _draw(axes: Axes, log_history, lines, title: str, unit: str, percent: bool =
             **{
                 "label": label,
                 "linewidth": 1.6,
-                "marker": "o" if evaluated or len(points) == 1 else None,
+                "marker": "o" if evaluated or len(points) <= FEW else None,
                 "markersize": 4,
                 # With more than about thirty evaluations, all marks together would hide the line.
                 "markevery": math.ceil(len(points) / 30),
@@ -138,25 +145,14 @@ def _draw(axes: Axes, log_history, lines, title: str, unit: str, percent: bool =
         )
 
 
-def _finish(axes: Axes) -> None:
-    """Draw grid, frame and legend, or "not logged" in an empty panel."""
+def _finish(axes: Axes, note: str = "") -> None:
+    """Draw grid, frame and legend; the note stands above the legend's lines."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.tick_params(labelsize=TICK_SIZE)
-    if not axes.lines:
-        axes.text(
-            0.5,
-            0.5,
-            "not logged",
-            transform=axes.transAxes,
-            ha="center",
-            va="center",
-            fontsize=LABEL_SIZE,
-            color="0.4",
-        )
-        axes.set(xticks=[], yticks=[])
-        return
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    if len(axes.lines) > 1:
-        axes.legend(fontsize=TICK_SIZE, frameon=False, handlelength=2.6)
+    long = axes.get_xlim()[1] >= 3  # a shorter run has its marks between the epochs
+    axes.xaxis.set_major_locator(MaxNLocator(integer=long, nbins=6))
+    # One line needs no legend where the title says what it is.
+    if note or [line.get_label() for line in axes.lines] != [axes.get_title().lower()]:
+        axes.legend(fontsize=TICK_SIZE, frameon=False, handlelength=2.6, title=note or None, title_fontsize=TICK_SIZE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -44,8 +45,11 @@ def plot_table(
     path: str | os.PathLike,
     title: str | None = None,
     lines: bool = False,
+    labels: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Draw a table of runs: a dot for each seed, a mark for the mean, and as text the mean and the paper's number.
+
+    A line below the picture says what dot, bar and number are.
 
     Args:
         points: row, column, one value per seed (a cell without values is left out) and the paper's number; values and
@@ -53,6 +57,7 @@ def plot_table(
         path: the file to write; its suffix selects the format. Missing folders are created.
         title: one line above the picture.
         lines: if true, the columns are the ticks of one axis and each row is a line; otherwise each column is a panel.
+        labels: what is written for a row or a column instead of its name.
     """
     points = [point for point in points if point[2]]
     rows, columns = (
@@ -60,37 +65,44 @@ def plot_table(
         list(dict.fromkeys(point[1] for point in points)),
     )
     if lines:
-        figure = new_figure(8.5, 4.8)
+        figure = new_figure(8.5, 5.4)
     else:
-        figure = new_figure(3.4 + 4.6 * max(1, len(columns)), 1.5 + 0.45 * max(3, len(rows)))
+        broken = sum(labels.get(row, row).count("\n") for row in rows)
+        height = 2.2 + 0.45 * max(3, len(rows)) + 0.15 * broken
+        figure = new_figure(3.4 + 4.6 * max(1, len(columns)), height)
     if title:
         add_heading(figure, title)
     if lines:
-        _draw_lines(figure.subplots(), points, rows, columns)
+        _draw_lines(figure.subplots(), points, rows, columns, labels)
     elif columns:
         for column, axes in zip(columns, figure.subplots(1, len(columns), sharey=True, squeeze=False)[0], strict=True):
-            _draw_panel(axes, [point for point in points if point[1] == column], rows)
-            axes.set_title(column, fontsize=LABEL_SIZE)
+            _draw_panel(axes, [point for point in points if point[1] == column], rows, labels)
+            axes.set_title(labels.get(column, column), fontsize=LABEL_SIZE)
+    papers = any(paper is not None for *_, paper in points) and not lines
+    note = f"dot: one seed     {'line' if lines else 'bar'}: mean of the seeds"
+    if papers:
+        note += ", written beside them\nin brackets: the paper's number, on its dataset and at its size"
+    figure.supxlabel(note, fontsize=TICK_SIZE, color="0.3")
     save_figure(figure, path)
 
 
-def _draw_lines(axes: Axes, points, rows: list[str], columns: list[str]) -> None:
+def _draw_lines(axes: Axes, points, rows: list[str], columns: list[str], labels: Mapping[str, str]) -> None:
     for row, color in zip(rows, (FUSED, *MODEL_COLORS), strict=False):
         cells = {column: values for name, column, values, _ in points if name == row}
         places = [columns.index(column) for column in cells]
-        axes.plot(
-            places, [sum(values) / len(values) for values in cells.values()], color=color, label=row, linewidth=1.8
-        )
+        means = [sum(values) / len(values) for values in cells.values()]
+        axes.plot(places, means, color=color, label=labels.get(row, row), linewidth=1.8)
         for place, values in zip(places, cells.values(), strict=True):
             axes.plot([place] * len(values), values, "o", color=color, alpha=0.5, markersize=5)
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), [labels.get(column, column) for column in columns], fontsize=TICK_SIZE)
+    axes.margins(x=0.1)
     axes.set_ylabel("top-1 (%)", fontsize=LABEL_SIZE)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=TICK_SIZE, frameon=False)
 
 
-def _draw_panel(axes: Axes, points, rows: list[str]) -> None:
+def _draw_panel(axes: Axes, points, rows: list[str], labels: Mapping[str, str]) -> None:
     for row, _, values, paper in points:
         place, mean = rows.index(row), sum(values) / len(values)
         axes.plot(values, [place] * len(values), "o", color=CLASS, alpha=0.5, markersize=6)
@@ -99,7 +111,7 @@ def _draw_panel(axes: Axes, points, rows: list[str]) -> None:
         axes.annotate(
             note, (max(values), place), xytext=(10, 0), textcoords="offset points", va="center", fontsize=TICK_SIZE - 1
         )
-    axes.set_yticks(range(len(rows)), rows, fontsize=TICK_SIZE)
+    axes.set_yticks(range(len(rows)), [labels.get(row, row) for row in rows], fontsize=TICK_SIZE)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     lowest, highest = (limit(value for _, _, values, _ in points for value in values) for limit in (min, max))
     span = max(highest - lowest, 1.0)
