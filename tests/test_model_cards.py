@@ -24,6 +24,7 @@ from hf_deit import (
     build_image_processor,
     parse_recipe,
 )
+from hf_deit.commands import demo
 from hf_deit.evaluation.report import EvaluationArguments
 
 
@@ -279,3 +280,46 @@ def test_links_lead_somewhere(path):
     links = re.findall(r"\]\(([^)\s]+)\)", path.read_text("utf-8"))
     local = [link.split("#")[0] for link in links if not re.match(r"[a-z]+:", link)]
     assert [link for link in local if "{{" not in link and not (FOLDER / link).exists()] == []
+
+
+# https://huggingface.co/docs/hub/spaces-config-reference
+SPACE_COLOURS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+
+
+def test_the_front_matter_of_the_space_is_what_the_hub_asks_for():
+    _, front, text = (FOLDER / "space" / "README.md").read_text("utf-8").split("---\n", 2)
+    data = yaml.safe_load(front)
+    assert data["sdk"] == "gradio" and (FOLDER / "space" / data["app_file"]).is_file()
+    assert {data["colorFrom"], data["colorTo"]} <= SPACE_COLOURS
+    assert len(data["short_description"]) <= 60 and data["license"] == "apache-2.0"
+    assert data["models"] == ["my_name/my_deit"]
+    (wanted,) = re.findall(r'^DEMO = \["gradio>=(\d+)"\]', (ROOT / "setup.py").read_text("utf-8"), re.MULTILINE)
+    assert re.fullmatch(rf"{wanted}\.\d+\.\d+", data["sdk_version"])
+    # Everything that the page needs besides gradio is installed with the package.
+    (line,) = [line for line in (FOLDER / "space" / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    assert line.startswith("hf_deit @ git+https://") and line.split("git+")[1] in text
+
+
+def test_the_space_serves_the_model_that_its_variables_name(tmp_path, monkeypatch):
+    model = DeiTForImageClassificationWithTeacher(
+        DeiTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+    )
+    model.save_pretrained(tmp_path / "my_deit")
+    build_image_processor(build_eval_transform(16)).save_pretrained(tmp_path / "my_deit")
+    served = []
+    monkeypatch.setattr(demo, "build_page", lambda shown, title: (shown.student.model, shown.teacher, title))
+    monkeypatch.setattr(demo, "serve", lambda *call: served.append(call))
+    app = str(FOLDER / "space" / "app.py")
+    monkeypatch.setenv("MODEL", str(tmp_path / "my_deit"))
+    runpy.run_path(app, run_name="__main__")
+    ((shown, teacher, title), host, port), *others = served
+    assert (teacher, title, host, port, others) == (None, "my_deit", "0.0.0.0", 7860, [])
+    for name, weights in shown.state_dict().items():
+        assert torch.equal(weights, model.state_dict()[name])
+
+    monkeypatch.setenv("TEACHER", str(tmp_path / "my_deit"))
+    runpy.run_path(app, run_name="__main__")
+    assert served[1][0][1] is not None
+    monkeypatch.delenv("MODEL")
+    with pytest.raises(SystemExit, match="variable MODEL is not set"):
+        runpy.run_path(app, run_name="__main__")
