@@ -166,6 +166,23 @@ def test_the_readme_shows_the_recipe_for_own_photos_as_it_is():
     assert len([line for line in recipe.splitlines() if line]) <= 10
 
 
+def test_the_readme_lists_every_command():
+    text = (ROOT / "README.md").read_text("utf-8")
+    table = text[text.index("## Commands") :].split("\n## ")[0]
+    first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name.split()[0] for cell in first for name in re.findall(r"`([^`]+)`", cell)} == set(COMMANDS)
+
+
+def test_what_users_expect_is_here_and_each_line_says_where():
+    text = (ROOT / "docs" / "comparison.md").read_text("utf-8")
+    table = text[text.index("## What users of such software expect") :].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 11 and all(row[1].strip().startswith("yes") for row in rows)
+    shown = [row[-1] for row in rows]
+    assert all(re.search(r"`[^`]+`|\]\(", where) for where in shown)
+    assert missing_paths("\n".join(shown)) == []
+
+
 def test_a_wrong_command_of_a_document_does_not_parse(tmp_path):
     with pytest.raises(UserError, match="num_train_epochs"):
         parse_command("hf-deit distill quickstart --epochs 3", tmp_path)

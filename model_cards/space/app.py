@@ -1,7 +1,7 @@
 """The page of a Space: a visitor's image, what each head of the model says, and where both tokens look.
 
-The Space's settings say what is shown: the variable MODEL, a Hub id of a model that hf_deit trained (or any DeiT or image
-classifier of the Hub), and TEACHER, if its teacher is on the Hub too.
+The settings of the Space say what is shown: the variable MODEL, a Hub id of a model that hf_deit trained (or any other
+image classifier there), and TEACHER, if its teacher is on the Hub too.
 """
 
 import os
