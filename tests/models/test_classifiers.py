@@ -499,3 +499,16 @@ def test_a_file_is_told_what_it_is(here, file, message):
     (here / file).write_bytes(b"content")
     with pytest.raises(ValueError, match=f"^model '{file}' is a file, not a directory: {message}"):
         find_classifier(file)
+
+
+def test_a_network_that_timm_itself_saved_is_read_and_fine_tuned(tmp_path, image, small_timm):
+    """Its config says the number of classes twice, on which Transformers' wrapper fails."""
+    timm.models.save_for_hf(small_timm, tmp_path, safe_serialization=True)
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"]["num_classes"] == 4
+    found = find_classifier(str(tmp_path))
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(found.model.eval()(pixels).logits, small_timm(pixels))
+    new = new_classifier(str(tmp_path), id2label={0: "ant", 1: "bee"}, mean=OWN_MEAN, std=OWN_STD, image_size=64)
+    assert new(pixels).logits.shape == (2, 2)
+    torch.testing.assert_close(new.timm_model.layer1.state_dict(), small_timm.layer1.state_dict())

@@ -26,7 +26,7 @@ from ..errors import UserError, first_line, some_of
 from ..files import read_json
 from .class_names import class_names
 from .configuration_deit import as_pair
-from .weight_files import check_attention, check_json_of, read_weights, stored_types
+from .weight_files import check_attention, check_json_of, find_file, read_weights, stored_types
 
 
 logger = logging.getLogger(__name__)
@@ -214,6 +214,7 @@ def load_pretrained(model_class: type, spec: str, **kwargs) -> Any:
     check_json_of(spec)
     level = logging.INFO if "dtype" in kwargs else logging.WARNING  # a caller that names a type knows it
     kwargs.setdefault("dtype", torch.float32)
+    kwargs |= _arguments_for_timm(spec)
     try:
         model = model_class.from_pretrained(spec, use_safetensors=True, trust_remote_code=False, **kwargs)
     except Exception as error:  # Transformers, huggingface_hub and safetensors raise a dozen unrelated types
@@ -225,6 +226,21 @@ def load_pretrained(model_class: type, spec: str, **kwargs) -> Any:
         types = " and ".join(sorted(stored))
         logger.log(level, "model %s is stored in %s and was loaded in float32, to train in it", spec, types)
     return model
+
+
+def _arguments_for_timm(spec: str) -> dict[str, dict]:
+    """What to change in the config of a network that timm itself saved (`save_for_hf` of 1.0.31).
+
+    It also stores the number of classes among the arguments of `create_model`, and Transformers' wrapper then gives it
+    twice, which is a TypeError.
+    """
+    try:
+        arguments = read_json(find_file(spec, "config.json")).get("model_args")
+    except UserError:  # Transformers says what is wrong
+        return {}
+    if not isinstance(arguments, Mapping) or "num_classes" not in arguments:
+        return {}
+    return {"model_args": {name: value for name, value in arguments.items() if name != "num_classes"}}
 
 
 def _check_directory(spec: str, path: Path) -> None:
