@@ -43,7 +43,7 @@ DOORS = {
 # Tests of the repository rather than of one module.
 REPOSITORY_TESTS = {
     *("transformers_common", "recipes", "model_cards", "layout", "docs", "hub_server", "ecosystem", "scaling"),
-    *("bad_input", "security", "types", "folder_trees", "fuzz"),
+    *("bad_input", "security", "types", "folder_trees", "fuzz", "benchmarks"),
 }
 
 # Modules whose tests stand with another's, and with which.

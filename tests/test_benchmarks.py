@@ -1,0 +1,85 @@
+"""The benchmarks: rivals do the same work, tables say what was measured, and each command runs to its end."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from scipy import stats
+from sklearn.datasets import load_digits
+
+from hf_deit import load_teacher
+from hf_deit.models.classifiers import new_classifier
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def benchmark(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_timms_task_gets_the_teacher_that_ours_gets(tmp_path):
+    """The same logits of the same normalised pixels, from the folder that `hf-deit teacher` writes."""
+    names = {number: str(number) for number in range(10)}
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    model = new_classifier(
+        "timm:resnet10t", id2label=names, mean=mean, std=std, image_size=32, model_args={"channels": [8, 8, 16, 16]}
+    )
+    model.save_pretrained(tmp_path)
+    twin = benchmark("whole_job").teacher_in_timm(tmp_path, 10).eval()
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    ours = load_teacher(tmp_path, id2label=names, mean=mean, std=std)
+    torch.testing.assert_close(twin(pixels), ours(pixels), rtol=0, atol=1e-4)
+    assert tuple(twin.pretrained_cfg["mean"]) == mean and tuple(twin.pretrained_cfg["std"]) == std
+
+
+def test_the_table_of_whole_jobs_pairs_by_seed():
+    script = benchmark("whole_job")
+    shared = {"threads": 1, "wall": 1.0, "train_seconds": 1.0, "megabytes": 5.0}
+    ours = [(10.0, 0.5), (30.0, 0.6), (20.0, 0.7)]
+    theirs = [(20.0, 0.4), (30.0, 0.6), (50.0, 0.5)]
+    rows = [
+        {"job": job, "seed": seed, "cpu": cpu, "accuracy": accuracy, **shared}
+        for job, figures in (("hf_deit", ours), ("timm", theirs))
+        for seed, (cpu, accuracy) in enumerate(figures)
+    ]
+    line = script.table(rows, ["hf_deit", "timm"]).splitlines()[-1]
+    assert "| 0.50 (0.40 - 1.00) |" in line
+    low, high = stats.ttest_rel([50.0, 60.0, 70.0], [40.0, 60.0, 50.0]).confidence_interval()
+    assert f"| {(low + high) / 2:+.2f} ± {(high - low) / 2:.2f} |" in line
+
+
+def run(*words: object, timeout: int = 600) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=timeout, cwd=ROOT / "benchmarks"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_whole_jobs_run_to_their_end(tmp_path):
+    digits = load_digits()
+    pixels = (digits.images.repeat(4, 1).repeat(4, 2)[..., None] * 15).astype(np.uint8).repeat(3, 3)
+    features = Features({"img": Image(), "label": ClassLabel(names=[str(number) for number in range(10)])})
+    for split, rows in (("train", slice(0, 256)), ("test", slice(256, 356))):
+        columns = {"img": list(pixels[rows]), "label": digits.target[rows].tolist()}
+        Dataset.from_dict(columns, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    words = ["--dataset", tmp_path, "--images", 128, "--batch_size", 32, "--epochs", 2, "--teacher_epochs", 1]
+    run("whole_job.py", *words, "--seeds", 0, 1, "--json", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert sorted((row["job"], row["seed"]) for row in found["jobs"]) == [
+        (job, seed) for job in ("hf_deit", "stock", "timm") for seed in (0, 1)
+    ]
+    for row in found["jobs"]:
+        assert 100 * row["accuracy"] == pytest.approx(round(100 * row["accuracy"]))  # of all 100 images, no more
+        assert 0 < row["train_seconds"] < row["wall"] and row["cpu"] > 0
