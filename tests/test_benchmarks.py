@@ -1,17 +1,20 @@
 """The benchmarks: rivals do the same work, tables say what was measured, and each command runs to its end."""
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from scipy import stats
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
 
 from hf_deit import load_teacher
 from hf_deit.models.classifiers import new_classifier
@@ -20,14 +23,20 @@ from hf_deit.models.classifiers import new_classifier
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def benchmark(name: str):
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # they import each other, as scripts do
+    return load
+
+
+def load(name: str):
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_timms_task_gets_the_teacher_that_ours_gets(tmp_path):
+def test_timms_task_gets_the_teacher_that_ours_gets(tmp_path, benchmark):
     """The same logits of the same normalised pixels, from the folder that `hf-deit teacher` writes."""
     names = {number: str(number) for number in range(10)}
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
@@ -42,7 +51,7 @@ def test_timms_task_gets_the_teacher_that_ours_gets(tmp_path):
     assert tuple(twin.pretrained_cfg["mean"]) == mean and tuple(twin.pretrained_cfg["std"]) == std
 
 
-def test_the_table_of_whole_jobs_pairs_by_seed():
+def test_the_table_of_whole_jobs_pairs_by_seed(benchmark):
     script = benchmark("whole_job")
     shared = {"threads": 1, "wall": 1.0, "train_seconds": 1.0, "megabytes": 5.0}
     ours = [(10.0, 0.5), (30.0, 0.6), (20.0, 0.7)]
@@ -56,6 +65,39 @@ def test_the_table_of_whole_jobs_pairs_by_seed():
     assert "| 0.50 (0.40 - 1.00) |" in line
     low, high = stats.ttest_rel([50.0, 60.0, 70.0], [40.0, 60.0, 50.0]).confidence_interval()
     assert f"| {(low + high) / 2:+.2f} ± {(high - low) / 2:.2f} |" in line
+
+
+def test_a_rival_that_is_not_there_is_named_with_its_installation(benchmark, monkeypatch):
+    script = benchmark("data_rivals")
+    monkeypatch.setitem(script.RIVALS, "dali", ("no_such_module", "pip install it"))
+    assert script.missing(["torchvision"]) == {}
+    assert script.missing(["torchvision", "dali"]) == {
+        "dali": "ModuleNotFoundError: No module named 'no_such_module' (pip install it)"
+    }
+
+
+def test_made_photos_are_a_phones(benchmark):
+    """Twelve megapixels, stored lying, seen upright."""
+    script = benchmark("data_pipeline")
+    file = io.BytesIO()
+    PIL.Image.fromarray(load_sample_image("china.jpg")[:300, :400]).save(file, "JPEG")
+    (photo,) = script.phone_photos([{"image": {"bytes": file.getvalue(), "path": None}, "label": 3}], 1)
+    assert photo["label"] == 3
+    stored = PIL.Image.open(io.BytesIO(photo["image"]["bytes"]))
+    assert stored.size == (4032, 3024)
+    assert PIL.ImageOps.exif_transpose(stored).size == (3024, 4032)
+
+
+def test_a_row_is_compared_with_timms_of_as_many_repeats(benchmark):
+    times = {"timm": [6.0], "timm, 3 repeats": [3.0], "hf_deit": [2.0], "hf_deit, 3 repeats": [1.5], "DALI": [4.0]}
+    rows = [line.split(" | ") for line in benchmark("data_pipeline").table(times, "case").splitlines()[2:]]
+    assert {row[0].strip("| "): [row[-2], row[-1].strip(" |")] for row in rows} == {
+        "timm": ["1.00", "0.67"],
+        "timm, 3 repeats": ["1.00", "1.33"],  # DALI's time does not depend on repeats
+        "hf_deit": ["3.00", "2.00"],
+        "hf_deit, 3 repeats": ["2.00", "2.67"],
+        "DALI": ["1.50", "1.00"],
+    }
 
 
 def run(*words: object, timeout: int = 600) -> str:
