@@ -5,13 +5,15 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 # Of fuzzing each target
 MINUTES ?= 1
+# Where `make gpu` leaves its figures
+GPU_RESULTS ?= outputs/gpu_benchmark
 
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.hf_deit-installed
 DOCS_INSTALLED := $(VENV)/.hf_deit-docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow fuzz style quality types docs clean
+.PHONY: help install demo test test-slow fuzz gpu style quality types docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +39,9 @@ test-slow: $(INSTALLED) ## the slow tests
 
 fuzz: $(INSTALLED) ## change files of every kind at random and read them; MINUTES=10 a target
 	$(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES)
+
+gpu: $(INSTALLED) ## measure everything on this machine's GPU, in eight minutes
+	$(BIN)/python benchmarks/gpu.py --output_dir $(GPU_RESULTS)
 
 style: $(INSTALLED) ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .

@@ -20,6 +20,7 @@ import argparse
 import io
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -323,8 +324,14 @@ def main() -> None:
     if args.workers:
         with cores(args.workers):
             count = len(os.sched_getaffinity(0))
-            many = contestants(images * 8, args, args.workers, packed * 8)  # no long wait at the end of an epoch
-            show("workers", measure(many, 3), f"{args.workers} loader workers (or threads) on {count} cores")
+            # Batches for all, so that few workers wait at the end of an epoch
+            times = max(8, math.ceil(2 * args.workers * args.batch_size / len(images)))
+            many = contestants(images * times, args, args.workers, packed * times)
+            show(
+                "workers",
+                measure(many, min(args.runs, 3)),
+                f"{args.workers} loader workers (or threads) on {count} cores",
+            )
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def main() -> None:
             for row in found:
                 print_row(row, FACTS, device)
             rows += found
-    if args.json:
-        args.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
+            if args.json:  # what is measured stays, if a later size fails
+                args.json.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def compare_students(args: argparse.Namespace, device: torch.device) -> list[dic
     print_header(FACTS)
     for size in args.sizes:
         for batch_size in args.batch_sizes:
-            for drop_path_rate in (0.0, DROP_PATH):
+            for drop_path_rate in args.drop_paths:
                 found = compare_student(size, batch_size, drop_path_rate, args, device)
                 for row in found:
                     print_row(row, FACTS, device)
@@ -465,6 +465,7 @@ def main() -> None:
     parser.add_argument(
         "--batch_sizes", nargs="+", type=int, help="default: 1 8 32; on a GPU: 256. Three parts take the last only"
     )
+    parser.add_argument("--drop_paths", nargs="+", type=float, default=[0.0, DROP_PATH], help="of the part 'student'")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--teacher", help="a network of timm's; default: regnety_040; on a GPU: regnety_160")
     parser.add_argument("--memory_gb", type=float, default=16, help="for the largest batch; the paper's V100 has 16")
@@ -486,8 +487,8 @@ def main() -> None:
     for part in args.parts:
         print(f"\n# {part}", flush=True)
         results[part] = PARTS[part](args, device)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        if args.json:  # what is measured stays, if a later part fails
+            args.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from scipy import stats
 from sklearn.datasets import load_digits, load_sample_image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DeiTConfig, DeiTForImageClassification
 
 from hf_deit import load_teacher
 from hf_deit.models.classifiers import new_classifier
@@ -100,6 +102,33 @@ def test_a_row_is_compared_with_timms_of_as_many_repeats(benchmark):
     }
 
 
+def test_the_cost_page_shows_what_its_command_prints(benchmark):
+    assert benchmark("cost").table(0.4) in (ROOT / "docs" / "cost.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("size, side", [("tiny", 224), ("base", 384)])
+def test_the_costs_count_the_students_operations(size, side, benchmark):
+    """Counted by PyTorch in stock Transformers' network, which leaves nothing out."""
+    name = {"tiny": "Ti", "base": "B"}[size]
+    width = {"tiny": 192, "base": 768}[size]
+    shape = {"hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
+    with torch.device("meta"):
+        config = DeiTConfig(**shape, image_size=side, num_labels=1000, attn_implementation="eager")
+        model, pixels = DeiTForImageClassification(config), torch.empty(1, 3, side, side)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixels)
+    assert benchmark("cost").GMACS[name, side] == pytest.approx(counter.get_total_flops() / 2e9, rel=0.01)
+
+
+def test_replayed_decisions_save_all_but_one_asking_of_a_resolution(benchmark):
+    script = benchmark("cost")
+    asked, replayed = script.total(0.4, False), script.total(0.4, True)
+    # On the RTX 3090: six runs at 224 are taught decisions, and two at 384.
+    views = {224: 300 * 1_281_167, 384: 30 * 1_281_167}
+    saved = (5 * views[224] / 1136.53 + views[384] / 386.34) / 3600
+    assert asked[0] - replayed[0] == pytest.approx(saved)
+
+
 def run(*words: object, timeout: int = 600) -> str:
     done = subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=timeout, cwd=ROOT / "benchmarks"
@@ -125,3 +154,26 @@ def test_whole_jobs_run_to_their_end(tmp_path):
     for row in found["jobs"]:
         assert 100 * row["accuracy"] == pytest.approx(round(100 * row["accuracy"]))  # of all 100 images, no more
         assert 0 < row["train_seconds"] < row["wall"] and row["cpu"] > 0
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_measured_for_runs_to_its_end_on_a_cpu(tmp_path):
+    parts = ["student_base", "end_to_end", "views"]
+    words = ["gpu.py", "--device", "cpu", "--small", "--parts", *parts, "--output_dir", tmp_path]
+    run(*words)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: part["state"] for name, part in found.items()} == dict.fromkeys(parts, "done")
+    assert found["student_base"]["figures"]["student"] and found["end_to_end"]["figures"]["rows"][0]["together"] > 0
+    times = found["views"]["figures"]["one core"]
+    assert times["timm"][0] > 0 and times["hf_deit"][0] > 0
+    begun = {name: (tmp_path / f"{name}.json").stat().st_mtime_ns for name in parts}
+    run(*words)  # what is there is not run again
+    assert begun == {name: (tmp_path / f"{name}.json").stat().st_mtime_ns for name in parts}
+
+
+def test_a_part_that_fails_or_is_late_does_not_end_the_others(benchmark, tmp_path):
+    script = benchmark("gpu")
+    failed = script.run("a", [sys.executable, "-c", "print('why'); raise SystemExit(3)"], 60, tmp_path)
+    assert failed["state"] == "failed with 3: why" and failed["figures"] is None
+    late = script.run("b", [sys.executable, "-c", "import time; time.sleep(60)"], 0.5, tmp_path)
+    assert late["state"].startswith("stopped after") and late["seconds"] < 30
