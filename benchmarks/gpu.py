@@ -109,7 +109,7 @@ def make(folder: Path, args: argparse.Namespace) -> str:
         {"image": Image(), "label": ClassLabel(names=[f"class {number}" for number in range(classes)])}
     )
     (folder / "data").mkdir()
-    for split, count in (("train", 64 if args.small else 4096), ("test", classes)):
+    for split, count in (("train", 64 if args.small else 4096), ("test", len(jpegs))):
         images = [{"bytes": jpegs[number % len(jpegs)], "path": None} for number in range(count)]
         columns = {"image": images, "label": [number % classes for number in range(count)]}
         Dataset.from_dict(columns, features=features).to_parquet(folder / "data" / f"{split}.parquet")
