@@ -48,15 +48,31 @@ def test_a_command_gets_its_words_and_its_errors_are_one_line(monkeypatch, tmp_p
     assert (tmp_path / "x" / "my_photos.yaml").exists()
 
 
-def test_what_needs_no_pytorch_does_not_import_it(tmp_path):
-    command = "import sys; sys.argv = ['hf-deit', *sys.argv[1:]]; from hf_deit.__main__ import main; main(); "
-    command += "print('torch' in sys.modules, 'transformers' in sys.modules)"
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["init", "new"],
+        ["distill", "--help"],
+        ["teacher", "--help"],
+        ["distill", "quickstart", "--epochs", "3"],
+        ["distill", "quickstart", "--image_size", "big"],
+        ["distill", "quikstart"],
+        ["distill", "quickstart", "--dataset_name", "nowhere/at/all"],
+        ["teacher", "quickstart_teacher", "--data_dir", "nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_pytorch_does_not_import_it(words, tmp_path):
+    command = "import atexit, sys; sys.argv = ['hf-deit', *sys.argv[1:]]; from hf_deit.__main__ import main; "
+    command += "atexit.register(lambda: print('\\n', 'torch' in sys.modules)); main()"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    for words in (["--help"], ["--version"], ["init", str(tmp_path / "x")]):
-        done = subprocess.run(
-            [sys.executable, "-c", command, *words], env=environment, capture_output=True, text=True, check=True
-        )
-        assert done.stdout.splitlines()[-1] == "False False"
+    done = subprocess.run(
+        [sys.executable, "-c", command, *words], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.split()[-1] == "False" and "Traceback" not in done.stderr
+    assert bool(done.returncode) == bool(done.stderr)
 
 
 def test_a_wrong_key_is_refused_before_a_dataclass_is_built(monkeypatch):

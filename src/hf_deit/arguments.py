@@ -6,7 +6,10 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
+
+from .errors import UserError
 
 
 Affects = Literal["views", "weights", "machine"]
@@ -189,6 +192,26 @@ class ClassifierArguments:
     def __post_init__(self):
         if isinstance(self.model_args, str):
             self.model_args = json.loads(self.model_args)
+
+
+def check_places(args: Any) -> None:
+    """Refuse a directory of images that is not there, before anything is imported that could load it.
+
+    Args:
+        args: anything with the attributes `dataset_name` and `data_dir`.
+
+    Raises:
+        UserError: `data_dir` is no directory, or `dataset_name` is a path and nothing is there.
+    """
+    if args.data_dir is not None and not Path(args.data_dir).expanduser().is_dir():
+        raise UserError(f"data_dir is {args.data_dir!r}, which is not a directory; check the path")
+    name = str(args.dataset_name)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if is_path and "://" not in name and not Path(name).expanduser().exists():
+        raise UserError(
+            f"dataset {name!r} could not be loaded: there is no such directory, and no dataset of the Hub is named so "
+            "(owner/name). Check the path; a relative one begins in the current directory"
+        )
 
 
 def available_cores() -> int:

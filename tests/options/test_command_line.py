@@ -5,10 +5,11 @@ from dataclasses import fields
 import pytest
 from support.recipes import KINDS
 
-from hf_deit import parse_recipe
+from hf_deit import DataArguments, ModelArguments, parse_recipe
 from hf_deit.arguments import ClassifierArguments
 from hf_deit.evaluation.report import EvaluationArguments
 from hf_deit.options.command_line import SYNONYMS, did_you_mean
+from hf_deit.options.own_options import OwnOptions
 
 
 KNOWN = {item.name for kind in (*KINDS, ClassifierArguments) for item in fields(kind)}
@@ -37,6 +38,14 @@ def test_help_shows_first_what_people_set_first(monkeypatch, capsys):
         "output:",
     ]
     assert "adam_beta1" not in text
+
+
+def test_help_is_the_same_before_transformers_is_imported(monkeypatch, capsys, recipe):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = [recipe("num_train_epochs: 17\nseed: 3\nsave_steps: 9"), "--help"]
+    early = help_of((ModelArguments, DataArguments, OwnOptions), words, capsys)
+    assert sorted(early.splitlines()) == sorted(help_of(KINDS, words, capsys).splitlines())
+    assert "[17]" in early and "[3]" in early
 
 
 def test_help_all_shows_every_key(capsys):

@@ -7,6 +7,7 @@ import torch
 from transformers import get_scheduler
 
 from hf_deit import DistillationConfig
+from hf_deit.options.own_options import OwnOptions
 
 
 def config(tmp_path, **fields):
@@ -61,7 +62,7 @@ def test_zero_workers_do_not_persist(tmp_path):
 
 
 def test_every_field_of_ours_says_what_it_is():
-    ours = set(DistillationConfig.__annotations__)
+    ours = set(OwnOptions.__annotations__)
     helps = {name: DistillationConfig.__dataclass_fields__[name].metadata.get("help") for name in ours}
     assert all(helps.values()), [name for name, text in helps.items() if not text]
 

@@ -20,8 +20,9 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_deit import DistillationConfig, DistillationTrainer
+from hf_deit.options.own_options import OwnOptions
 from hf_deit.options.recipe import parse_recipe
-from hf_deit.options.stock_options import FORMER_OPTIONS, STOCK_OPTIONS
+from hf_deit.options.stock_options import FORMER_OPTIONS, STOCK_OPTIONS, FirstOptions, names_in_transformers
 
 
 # A value of each option without effect, and of each refused one, that is not its default.
@@ -32,7 +33,7 @@ OTHER_VALUES = {
     **{"include_for_metrics": ["inputs"], "local_rank": 0},
 }
 FIELDS = {item.name: item.default for item in fields(TrainingArguments) if item.init}
-OURS = set(DistillationConfig.__annotations__)
+OURS = set(OwnOptions.__annotations__)
 
 
 def other_value(name):
@@ -574,8 +575,19 @@ def test_every_option_of_transformers_is_honoured_or_known(name, tiny_images, fo
 
 
 def test_every_inherited_option_is_classified():
-    assert STOCK_OPTIONS.keys() == FIELDS.keys() - DistillationConfig.__annotations__.keys()
+    assert STOCK_OPTIONS.keys() == FIELDS.keys() - OwnOptions.__annotations__.keys()
     assert all(bool(option.why) == (option.status != "honoured") for option in STOCK_OPTIONS.values())
+
+
+def test_the_names_read_from_the_source_are_those_of_the_class():
+    assert names_in_transformers() == {item.name for item in fields(TrainingArguments)}
+
+
+def test_what_help_says_of_the_first_inherited_options_is_transformers_own():
+    stock = {item.name: item for item in fields(TrainingArguments)}
+    for item in fields(FirstOptions):
+        assert item.metadata["help"].rstrip(".") == stock[item.name].metadata["help"].partition(". ")[0].rstrip(".")
+        assert item.default == stock[item.name].default and item.name in STOCK_OPTIONS
 
 
 @pytest.mark.parametrize("name", names("refused"))

@@ -8,17 +8,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import DataArguments, ModelArguments
-from ..options.distillation_config import DistillationConfig
+from ..arguments import DataArguments, ModelArguments, check_places
+from ..options.own_options import OwnOptions
 from ..options.recipe import RECIPES, find_recipe, parse_recipe
-from ..training.checkpoints import claim_output_dir
 from .teacher import evaluate_nothing, find_or_train_teacher
 
 
 if TYPE_CHECKING:
     from ..training.distillation_trainer import DistillationTrainer
 
-KINDS = (ModelArguments, DataArguments, DistillationConfig)
+KINDS = (ModelArguments, DataArguments, OwnOptions)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -48,9 +47,13 @@ def build_trainer(argv: Sequence[str], *, command: Sequence[str]) -> Distillatio
     # A checkpoint has an architecture of its own, so that of the quickstart's student does not apply to it.
     replaced = {"model_name_or_path": {item.name for item in fields(ModelArguments)} - {"teacher_recipe"}}
     replaced["output_dir"] = {"overwrite_output_dir"}  # only the quickstart's own directory may be overwritten
-    model_args, data_args, training_args = parse_recipe(KINDS, argv, RECIPES / "quickstart.yaml", replaced)
-    claim_output_dir(training_args)
+    model_args, data_args, training_args = parse_recipe(
+        KINDS, argv, RECIPES / "quickstart.yaml", replaced, look_over=check_places
+    )
     # Slow imports come after parsing, so that a wrong command line is reported at once.
+    from ..training.checkpoints import claim_output_dir
+
+    claim_output_dir(training_args)
     from transformers import set_seed
 
     from ..data.summary import summarize

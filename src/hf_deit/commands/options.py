@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from ..arguments import ClassifierArguments, DataArguments, ModelArguments
 from ..options.distillation_config import DistillationConfig
+from ..options.own_options import OwnOptions
 from ..options.stock_options import FORMER_OPTIONS, STOCK_OPTIONS
 
 
@@ -46,7 +47,7 @@ def options_page() -> str:
         ("Teacher that run_teacher.py trains", ClassifierArguments),
     ):
         parts += [f"## {title}", _table(("option", "default", "changes", "meaning"), map(_row, fields(kind)))]
-    own = [item for item in fields(DistillationConfig) if item.name in DistillationConfig.__annotations__]
+    own = [item for item in fields(DistillationConfig) if item.name in OwnOptions.__annotations__]
     parts += ["## Training", _table(("option", "default", "changes", "meaning"), map(_row, own))]
     stock = [item for item in fields(TrainingArguments) if item.name in STOCK_OPTIONS]
     parts += ["## Training, inherited", STOCK_HEAD]
@@ -62,7 +63,7 @@ def _row(item: Field) -> Sequence[str]:
 
 
 def _stock_row(item: Field) -> Sequence[str]:
-    status, affects, why, _ = STOCK_OPTIONS[item.name]
+    status, affects, why = STOCK_OPTIONS[item.name]
     return f"`{item.name}`", _default(item), affects if status == "honoured" else "", status, why
 
 

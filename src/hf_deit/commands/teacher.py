@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import ClassifierArguments, DataArguments
+from ..arguments import ClassifierArguments, DataArguments, check_places
 from ..errors import UserError
-from ..options.distillation_config import DistillationConfig
+from ..options.own_options import OwnOptions
 from ..options.recipe import parse_recipe
-from ..training.checkpoints import claim_output_dir, is_finished
 
 
 if TYPE_CHECKING:
     from ..data.summary import DatasetSummary
+    from ..options.distillation_config import DistillationConfig
 
-KINDS = (ClassifierArguments, DataArguments, DistillationConfig)
+KINDS = (ClassifierArguments, DataArguments, OwnOptions)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -34,13 +34,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         The content of all_results.json; see [`DistillationTrainer.train_and_save`].
     """
     command = sys.argv if argv is None else ["-m", "hf_deit", "teacher", *argv]
-    return train_teacher(*parse_recipe(KINDS, argv), command=command)
+    return train_teacher(*parse_recipe(KINDS, argv, look_over=check_places), command=command)
 
 
 def find_or_train_teacher(
     recipe: Path, data_args: DataArguments, *, command: Sequence[str], summary: DatasetSummary | None = None
 ) -> str:
     """Return the recipe's output_dir; if it holds no finished run, first train the teacher on the student's data."""
+    from ..training.checkpoints import is_finished
+
     model_args, _, training_args = parse_recipe(KINDS, [str(recipe)])
     if not is_finished(training_args.output_dir):
         train_teacher(model_args, data_args, training_args, command=command, summary=summary)
@@ -56,8 +58,10 @@ def train_teacher(
     summary: DatasetSummary | None = None,
 ) -> dict[str, float]:
     """Train the classifier on labels only (`distillation_type` 'none'); `summary` is set if it was printed already."""
-    claim_output_dir(training_args)
     # Slow imports come after parsing, so that a wrong command line is reported at once.
+    from ..training.checkpoints import claim_output_dir
+
+    claim_output_dir(training_args)
     from transformers import set_seed
 
     from ..data.summary import summarize

@@ -7,15 +7,16 @@ import difflib
 import shutil
 import textwrap
 from collections.abc import Collection
+from dataclasses import fields
 from typing import get_args
 
 from ..arguments import Heading
-from .stock_options import FORMER_OPTIONS, STOCK_OPTIONS, StockOption
+from .stock_options import FORMER_OPTIONS, FirstOptions
 
 
 # `--help` is short where a command has so many keys; its texts begin in this column.
 MANY_KEYS, HELP_COLUMN = 60, 32
-NO_HEADING = StockOption("honoured")
+HEADINGS = {item.name: item.metadata["help"].heading for item in fields(FirstOptions)}  # of Transformers' own options
 
 # What other trainers (timm, ultralytics, torchvision, lightly-train, Transformers' older versions) call our keys.
 SYNONYMS = {
@@ -73,7 +74,7 @@ class ShortHelp(argparse.Action):
         for heading in get_args(Heading):
             lines.append(f"\n{heading}:")
             for name, action in keys.items():
-                if heading == getattr(action.help, "heading", STOCK_OPTIONS.get(name, NO_HEADING).heading):
+                if heading == getattr(action.help, "heading", HEADINGS.get(name)):
                     lines += _described(name, action)
         print(*lines, "\nIn a recipe: `key: value`, without the dashes. --help-all lists every key.", sep="\n")
         parser.exit()

@@ -3,27 +3,34 @@
 Every key of the recipe and every option of the command line is a field of one of the run's dataclasses; the command
 line overrides the recipe. A recipe is data: none of its values is executed, and an unknown key is an error.
 
-Everything that can be refused without PyTorch's help is refused before a dataclass is built, because building
+Everything that can be refused without PyTorch's help is refused before it is imported, because importing
 TrainingArguments alone takes longer than all of that.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import os
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..errors import UserError, first_line, printable
 from ..files import read_file
 from .command_line import ShortHelp, did_you_mean
+from .own_options import OwnOptions
+from .stock_options import FirstOptions, names_in_transformers
+
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
 
 # The recipes that come with the package: inside it where it was installed, beside `src` in a checkout.
@@ -37,31 +44,32 @@ def parse_recipe(
     default_recipe: str | Path | None = None,
     replaced_by: Mapping[str, Collection[str]] | None = None,
     usage: str = "[recipe.yaml]",
+    look_over: Callable[[argparse.Namespace], object] | None = None,
 ) -> tuple:
     """Parse `[recipe.yaml] [--key value ...]` into one instance of each dataclass.
 
     Args:
-        dataclass_types: the run's dataclasses; no two of them may share a field name.
+        dataclass_types: the run's dataclasses; no two of them may share a field name. [`OwnOptions`] stands for
+            [`DistillationConfig`], which is imported, and PyTorch with it, once nothing else can be refused.
         argv: the command line after the program's name; `sys.argv[1:]` if None. [`find_recipe`] finds its recipe.
         default_recipe: file to use if the command line does not begin with a recipe. One line reports that it is used.
         replaced_by: for an option of the command line, the keys of the default recipe that then do not apply.
         usage: what `--help` shows before the keys.
+        look_over: gets the values before that import, to refuse what can be refused without it.
 
     Raises:
         ValueError: the recipe cannot be read, a key is unknown (the message suggests the nearest known key), or a
             dataclass rejects a value. A value of the wrong type ends the program with argparse's message and status 2.
     """
-    from transformers import HfArgumentParser  # half a second, which `hf-deit --help` need not wait for
-
     argv = list(sys.argv[1:] if argv is None else argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
     helps = bool({"-h", "--help", "--help-all"} & set(argv))  # which shows the defaults, or those of a named recipe
     recipe = (None if helps else default_recipe) if named is None else find_recipe(named)
     known = {item.name for kind in dataclass_types for item in fields(kind) if item.init}
+    if OwnOptions in dataclass_types:
+        known |= names_in_transformers()
     usage = f"%(prog)s {usage} [--key value ...]"
-    parser = HfArgumentParser(dataclass_types, usage=usage, allow_abbrev=False, add_help=False)
-    parser.add_argument("-h", "--help", action=ShortHelp, help="List the keys that people set first.")
-    parser.add_argument("--help-all", action="help", help="List every key.")
+    keys = {}
     if recipe is not None:
         keys = _read_recipe(Path(recipe), known)
         options = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
@@ -72,14 +80,48 @@ def parse_recipe(
                 print(
                     f"no recipe is named: the settings of {Path(recipe).name} apply where the command line gives none"
                 )
-        parser.set_defaults(**keys)
+    if OwnOptions in dataclass_types and "--help-all" not in argv:
+        early = _parser([*dataclass_types, FirstOptions], keys, usage)
+        values, unknown = early.parse_known_args(argv)
+        for word in unknown:
+            name = word.partition("=")[0].lstrip("-").replace("-", "_")
+            if word.startswith("--") and not {name, name.removeprefix("no_")} & known:
+                raise _unknown(word, known)
+        if look_over is not None:
+            look_over(values)
+    parser = _parser(_complete(dataclass_types), keys, usage)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserError(f"the command line has {unknown[0]!r}{did_you_mean(unknown[0].lstrip('-'), known)}")
+        raise _unknown(unknown[0], known)
     try:
         return parser.parse_dict(vars(values))
     except (ValueError, ImportError) as error:  # TrainingArguments rejected an option
         raise UserError(str(error)) from error
+
+
+def _parser(kinds: Sequence[Any], keys: Mapping[str, Any], usage: str) -> HfArgumentParser:
+    """Build the parser of the dataclasses, whose defaults are the keys of the recipe where it has them."""
+    from transformers import HfArgumentParser  # half a second, which `hf-deit --help` need not wait for
+
+    parser = HfArgumentParser(kinds, usage=usage, allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action=ShortHelp, help="List the keys that people set first.")
+    parser.add_argument("--help-all", action="help", help="List every key.")
+    names = {item.name for kind in kinds for item in fields(kind)}
+    parser.set_defaults(**{key: value for key, value in keys.items() if key in names})
+    return parser
+
+
+def _complete(kinds: Sequence[Any]) -> list[Any]:
+    """Put the class that has the options of Transformers as well, whose import takes seconds, in place of ours."""
+    if OwnOptions not in kinds:
+        return list(kinds)
+    from .distillation_config import DistillationConfig
+
+    return [DistillationConfig if kind is OwnOptions else kind for kind in kinds]
+
+
+def _unknown(word: str, known: Collection[str]) -> UserError:
+    return UserError(f"the command line has {word!r}{did_you_mean(word.lstrip('-'), known)}")
 
 
 def find_recipe(name: str, folders: Sequence[Path] = (Path(), RECIPES)) -> Path:

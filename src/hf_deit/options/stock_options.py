@@ -5,9 +5,13 @@ The options that [`DistillationConfig`] declares itself say so in their own decl
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..arguments import Affects, Heading
+from ..arguments import Affects, option
 
 
 Status = Literal["honoured", "no effect", "refused"]
@@ -20,27 +24,22 @@ class StockOption(NamedTuple):
         status: "honoured"; "no effect": setting it is warned of; "refused": setting it is an error.
         affects: what another value changes; see `arguments.option`.
         why: for the user, where it is not honoured: why, and what to use instead.
-        heading: where `--help` lists it; see `arguments.option`.
     """
 
     status: Status
     affects: Affects = "machine"
     why: str = ""
-    heading: Heading | None = None
 
 
-def _honoured(affects: Affects, names: str, heading: Heading | None = None) -> dict[str, StockOption]:
-    return {name: StockOption("honoured", affects, heading=heading) for name in names.split()}
+def _honoured(affects: Affects, names: str) -> dict[str, StockOption]:
+    return {name: StockOption("honoured", affects) for name in names.split()}
 
 
 STOCK_OPTIONS: dict[str, StockOption] = {
-    **_honoured("views", "seed", "training"),
-    **_honoured("views", "data_seed gradient_accumulation_steps"),
-    **_honoured("weights", "max_steps bf16", "training"),
-    **_honoured("machine", "output_dir push_to_hub hub_model_id", "output"),
+    **_honoured("views", "seed data_seed gradient_accumulation_steps"),
     **_honoured(
         "weights",
-        "lr_scheduler_kwargs optim optim_args optim_target_modules adam_beta1 adam_beta2 "
+        "max_steps bf16 lr_scheduler_kwargs optim optim_args optim_target_modules adam_beta1 adam_beta2 "
         "adam_epsilon fp16 tf32 load_best_model_at_end metric_for_best_model "
         "greater_is_better full_determinism",
     ),
@@ -54,12 +53,12 @@ STOCK_OPTIONS: dict[str, StockOption] = {
         "gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps "
         "eval_accumulation_steps dataloader_prefetch_factor dataloader_multiprocessing_context skip_memory_metrics "
         # what is logged, evaluated and saved, and when
-        "logging_strategy logging_first_step log_on_each_node log_level log_level_replica disable_tqdm report_to "
-        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_on_start eval_steps "
-        "eval_delay save_steps save_on_each_node resume_from_checkpoint "
+        "output_dir logging_strategy logging_first_step log_on_each_node log_level log_level_replica disable_tqdm "
+        "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id eval_on_start "
+        "eval_steps eval_delay save_steps save_on_each_node resume_from_checkpoint "
         "restore_callback_states_from_checkpoint "
         # the Hub
-        "hub_token hub_private_repo hub_strategy hub_always_push hub_revision",
+        "push_to_hub hub_model_id hub_token hub_private_repo hub_strategy hub_always_push hub_revision",
     ),
     **{
         name: StockOption("no effect", why=why)
@@ -123,3 +122,35 @@ FORMER_OPTIONS = {
     "include_inputs_for_metrics": "leave it out",
     "torchdynamo": "set torch_compile_backend",
 }
+
+
+@dataclass
+class FirstOptions:
+    """The inherited options that people set first, in Transformers' words, for a `--help` that imports none of it."""
+
+    max_steps: int = option(-1, "Overrides `num_train_epochs`.", heading="training")
+    bf16: bool = option(False, "Enable bfloat16 (BF16) mixed precision training.", heading="training")
+    seed: int = option(42, "Random seed that will be set at the beginning of training.", heading="training")
+    output_dir: str | None = option(
+        None,
+        "The output directory where the model predictions and checkpoints will be written.",
+        heading="output",
+    )
+    push_to_hub: bool = option(
+        False,
+        "Whether or not to push the model to the Hub every time the model is saved.",
+        heading="output",
+    )
+    hub_model_id: str | None = option(
+        None,
+        "The name of the repository to keep in sync with the local `output_dir`.",
+        heading="output",
+    )
+
+
+def names_in_transformers() -> set[str]:
+    """Return the names of the options of the installed Transformers, read from its source instead of imported."""
+    spec = find_spec("transformers")  # which runs nothing of it
+    folders = (spec and spec.submodule_search_locations) or ()
+    sources = [path.read_text("utf-8") for folder in folders if (path := Path(folder, "training_args.py")).is_file()]
+    return {name for source in sources for name in re.findall(r"^    (\w+): .*=", source, re.MULTILINE)}
