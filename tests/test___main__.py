@@ -87,6 +87,55 @@ def test_a_wrong_key_is_refused_before_a_dataclass_is_built(monkeypatch):
     assert end.value.code == 2
 
 
+@pytest.fixture
+def says_nothing(monkeypatch):
+    for name in program.WAITING:
+        monkeypatch.setenv(name, "x")  # restored afterwards
+        monkeypatch.delenv(name)
+
+
+def test_threads_sleep_where_nobody_says_otherwise(says_nothing):
+    program.let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+@pytest.mark.parametrize("name", program.WAITING)
+def test_what_the_user_says_stays(name, monkeypatch, says_nothing):
+    monkeypatch.setenv(name, "7")
+    program.let_threads_sleep()
+    assert {each: os.environ[each] for each in program.WAITING if each in os.environ} == {name: "7"}
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {source!r})
+from hf_deit import __main__ as program
+sys.argv = ["hf-deit", "options"]
+{call}
+import torch
+"""
+
+
+@pytest.mark.parametrize("call", ["program.main()", "program.run_command('options')"])
+@pytest.mark.parametrize(
+    "given, policy", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "9"}, None)]
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what GNU's OpenMP prints of itself")
+def test_openmp_hears_of_it(call, given, policy, says_nothing):
+    """Both ways to start a command; OpenMP itself says what it has read."""
+    if call != "program.main()":
+        call = "sys.argv = ['run_options.py']; " + call
+    code = PROGRAM.format(source=str(ROOT / "src"), call=call)
+    environment = os.environ | {"OMP_DISPLAY_ENV": "VERBOSE", "OMP_NUM_THREADS": "2"} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    said = dict(
+        line.strip().removeprefix("[host] ").split(" = ") for line in done.stderr.splitlines() if " = " in line
+    )
+    assert said["OMP_NUM_THREADS"] == "'2'"
+    assert said["OMP_WAIT_POLICY"] == f"'{policy or 'PASSIVE'}'"
+    assert said["GOMP_SPINCOUNT"] == {"PASSIVE": "'0'", "ACTIVE": "'30000000000'", None: "'9'"}[policy]
+
+
 @pytest.mark.slow
 def test_the_wheel_is_enough(tmp_path):
     """A fresh environment that sees this one's dependencies, the package from the wheel alone, and no repository."""

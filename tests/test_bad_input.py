@@ -220,7 +220,7 @@ def test_a_value_of_the_wrong_type_ends_with_its_option_and_status_2(script, inp
 
 
 def test_the_good_input_that_all_these_spoil_is_good(script, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_deit.training.publishing.plot_run", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_deit.plots.run.plot_run", lambda *args, **kwargs: None)
     options = SHORT | {"teacher": inputs / "teacher", "output_dir": tmp_path, "model_name_or_path": inputs / "student"}
     script.main([str(word) for name, value in options.items() for word in (f"--{name}", value)])
     assert json.loads((tmp_path / "all_results.json").read_text())["eval_loss"] > 0

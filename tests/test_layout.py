@@ -50,6 +50,7 @@ REPOSITORY_TESTS = {
 TESTED_WITH = {
     "augmentation/random_draws.py": "augmentation/policies.py",
     "data/sources.py": "data/loading.py",
+    "evaluation/accuracy.py": "evaluation/metrics.py",
     "training/searching.py": "options/trials.py",
     # Commands with what they run.
     "commands/analyze.py": "paper/analysis.py",

@@ -74,7 +74,7 @@ def digits_teacher(scripts, tmp_path_factory):
 def quick(monkeypatch):
     """Without what makes many runs slow and says nothing about a recipe: the picture, and a look for garbage in
     all that was ever imported, which accelerate takes in each run."""
-    monkeypatch.setattr("hf_deit.training.run.plot_run", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_deit.plots.run.plot_run", lambda *args, **kwargs: None)
     gc.freeze()
     yield
     gc.unfreeze()

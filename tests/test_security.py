@@ -95,7 +95,7 @@ def good(tmp_path_factory):
 @pytest.fixture
 def run(script, good, tmp_path, monkeypatch):
     """Runs run_distill.py in `tmp_path / "run"`; returns the message it ends with, or None where it finishes."""
-    monkeypatch.setattr("hf_deit.training.publishing.plot_run", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hf_deit.plots.run.plot_run", lambda *args, **kwargs: None)
 
     def start(*arguments, first=()):
         options = SHORT | {"teacher": good / "teacher", "output_dir": tmp_path / "run"}

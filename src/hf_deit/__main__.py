@@ -7,6 +7,7 @@ Each command is the `main` of the module in `commands/` that has its name. Only 
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from importlib import import_module
 
@@ -41,8 +42,13 @@ With a machine file of accelerate, for several GPUs say:
 """
 
 
+# Any of these says how long an idle thread of OpenMP looks for work before it sleeps.
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+
+
 def main() -> None:
     """Run the command that the command line of this process names."""
+    let_threads_sleep()
     run_script(_run)
 
 
@@ -51,7 +57,19 @@ def run_command(name: str) -> None:
 
     The command's module is imported here, so that SIGTERM and Ctrl-C are answered during its slow imports too.
     """
+    let_threads_sleep()
     run_script(lambda: import_module(f".commands.{name}", __package__).main())
+
+
+def let_threads_sleep() -> None:
+    """Let the idle threads of this process sleep, unless the environment says how they should wait.
+
+    OpenMP reads the environment when PyTorch is imported, so this comes first. By default its threads wait by looking
+    for work again and again. Where another program needs a core, they take it from the thread that they wait for, once
+    more at each of the thousands of small operations of a step. Their number changes results, how they wait does not.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _run() -> None:

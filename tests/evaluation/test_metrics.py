@@ -9,11 +9,8 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, recall_score, top_k_accuracy_score
 from transformers import EvalPrediction
 
-from hf_deit.evaluation.metrics import (
+from hf_deit.evaluation.accuracy import (
     HEADS,
-    Disagreement,
-    ReaLAccuracy,
-    TopKAccuracy,
     accuracy_by_class,
     balanced_accuracy,
     class_sizes,
@@ -21,6 +18,7 @@ from hf_deit.evaluation.metrics import (
     three_head_accuracy,
     top_classes,
 )
+from hf_deit.evaluation.metrics import Disagreement, ReaLAccuracy, TopKAccuracy
 
 
 def best_of(scores: np.ndarray, k: int = 5) -> np.ndarray:

@@ -22,7 +22,7 @@ from hf_deit import (
     load_teacher,
     load_views,
 )
-from hf_deit.evaluation.metrics import three_head_accuracy
+from hf_deit.evaluation.accuracy import three_head_accuracy
 from hf_deit.models.classifiers import load_pretrained
 from hf_deit.training.run import accuracy_table, banner
 

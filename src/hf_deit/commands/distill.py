@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..arguments import DataArguments, ModelArguments, check_places
+from ..options.late_imports import late_imports
 from ..options.own_options import OwnOptions
 from ..options.recipe import RECIPES, find_recipe, parse_recipe
 from .teacher import evaluate_nothing, find_or_train_teacher
@@ -54,11 +55,12 @@ def build_trainer(argv: Sequence[str], *, command: Sequence[str]) -> Distillatio
     from ..training.checkpoints import claim_output_dir
 
     claim_output_dir(training_args)
-    from transformers import set_seed
+    with late_imports():
+        from transformers import set_seed
 
-    from ..data.summary import summarize
-    from ..data.views import load_views
-    from ..training.distillation_trainer import DistillationTrainer
+        from ..data.summary import summarize
+        from ..data.views import load_views
+        from ..training.distillation_trainer import DistillationTrainer
 
     # 2. The images
     views = load_views(data_args, seed=training_args.view_seed, **training_args.transform_options())

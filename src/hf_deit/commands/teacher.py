@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..arguments import ClassifierArguments, DataArguments, check_places
 from ..errors import UserError
+from ..options.late_imports import late_imports
 from ..options.own_options import OwnOptions
 from ..options.recipe import parse_recipe
 
@@ -62,12 +63,13 @@ def train_teacher(
     from ..training.checkpoints import claim_output_dir
 
     claim_output_dir(training_args)
-    from transformers import set_seed
+    with late_imports():
+        from transformers import set_seed
 
-    from ..data.summary import summarize
-    from ..data.views import load_views
-    from ..models.classifiers import new_classifier
-    from ..training.distillation_trainer import DistillationTrainer
+        from ..data.summary import summarize
+        from ..data.views import load_views
+        from ..models.classifiers import new_classifier
+        from ..training.distillation_trainer import DistillationTrainer
 
     training_args.distillation_type = "none"
     set_seed(training_args.seed)

@@ -23,15 +23,9 @@ from ..augmentation.transforms import build_eval_transform
 from ..data.views import EvalViews, collate_views
 from ..errors import UserError
 from ..processes import current_process
+from .accuracy import accuracy_by_class, balanced_accuracy, class_sizes, top_classes
 from .classifier import Classifier
-from .metrics import (
-    ReaLAccuracy,
-    TopKAccuracy,
-    accuracy_by_class,
-    balanced_accuracy,
-    class_sizes,
-    top_classes,
-)
+from .metrics import ReaLAccuracy, TopKAccuracy
 
 
 @dataclass(frozen=True)

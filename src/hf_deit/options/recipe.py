@@ -25,6 +25,7 @@ import yaml
 from ..errors import UserError, first_line, printable
 from ..files import read_file
 from .command_line import ShortHelp, did_you_mean
+from .late_imports import late_imports
 from .own_options import OwnOptions
 from .stock_options import FirstOptions, names_in_transformers
 
@@ -115,7 +116,8 @@ def _complete(kinds: Sequence[Any]) -> list[Any]:
     """Put the class that has the options of Transformers as well, whose import takes seconds, in place of ours."""
     if OwnOptions not in kinds:
         return list(kinds)
-    from .distillation_config import DistillationConfig
+    with late_imports():
+        from .distillation_config import DistillationConfig
 
     return [DistillationConfig if kind is OwnOptions else kind for kind in kinds]
 

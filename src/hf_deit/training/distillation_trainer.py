@@ -27,7 +27,7 @@ from ..augmentation.repeated_augmentation import RepeatedAugmentationSampler
 from ..data.labels import CheckedLabels, all_labels_of, check_labels
 from ..data.views import collate_views
 from ..errors import UserError, clear_hub_errors, refusals_of_libraries
-from ..evaluation.metrics import TopKAccuracy, three_head_accuracy, top_classes
+from ..evaluation.accuracy import three_head_accuracy, top_classes, top_k_accuracy
 from ..losses import distillation_loss, inverse_class_weights
 from ..models.classifiers import Spec
 from ..models.configuration_deit import DeiTConfig
@@ -339,7 +339,7 @@ class DistillationTrainer(SearchingTrainer):
             gathered = self.accelerator.gather_for_metrics((top_classes(logits), batch["labels"]))
             best_classes.append(gathered[0].cpu())
             labels.append(gathered[1].cpu())
-        accuracy = TopKAccuracy().compute(predictions=torch.cat(best_classes), references=torch.cat(labels))
+        accuracy = top_k_accuracy(torch.cat(best_classes), torch.cat(labels))
         self.teacher_accuracy = {f"teacher_{name}": value for name, value in accuracy.items()}
         self.log({f"eval_{name}": value for name, value in self.teacher_accuracy.items()})
         return self.teacher_accuracy

@@ -16,7 +16,7 @@ from copy import copy
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import auth_check
 from transformers import TrainerCallback
@@ -36,7 +36,6 @@ from ..options.distillation_config import (
     DistillationConfig,
     settings_of,
 )
-from ..plots.run import Report, plot_run
 from ..teachers.fingerprint import fingerprint_of_images
 from ..teachers.replaying import record_at
 from ..teachers.teacher_outputs import TeacherOutputs
@@ -44,6 +43,9 @@ from . import checkpoints
 from .model_card import CardFacts, build_model_card, hub_id, public_name
 from .resuming import ResumableTrainer
 
+
+if TYPE_CHECKING:
+    from ..plots.run import Report
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +120,8 @@ class PublishingTrainer(ResumableTrainer):
         Raises:
             ValueError: nothing was logged yet.
         """
+        from ..plots.run import Report, plot_run  # Matplotlib, which the first step need not wait for
+
         if not self.state.log_history:
             raise UserError("there is nothing to report yet: nothing was logged. Train or evaluate first")
         report = Report(Path(self.args.output_dir, "report.png"))

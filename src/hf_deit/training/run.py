@@ -23,7 +23,7 @@ from ..data.sources import is_image_dataset
 from ..data.summary import summarize
 from ..data.views import TrainViews, load_views
 from ..errors import UserError, printable, refusals_of_libraries, some_of
-from ..evaluation.metrics import names_of_metrics, three_head_accuracy
+from ..evaluation.accuracy import names_of_metrics, three_head_accuracy
 from ..models.class_names import class_names
 from ..models.classifiers import load_pretrained
 from ..models.configuration_deit import SIZES, DeiTConfig

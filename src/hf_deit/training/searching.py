@@ -18,7 +18,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..arguments import ModelArguments
 from ..errors import UserError
-from ..evaluation.metrics import three_head_accuracy
+from ..evaluation.accuracy import three_head_accuracy
 from ..options.distillation_config import DistillationConfig
 from ..options.trials import changes_since, check_search, check_trial, refuse_idle, refuse_ineffective
 from . import run
