@@ -55,7 +55,7 @@ def test_a_directory_that_is_not_there_is_refused(tmp_path, monkeypatch):
         check_places(DataArguments(dataset_name=name))
     check_places(DataArguments(data_dir="photos"))
     for name in (str(tmp_path / "x"), "./x", "../x", "~/no such directory", "a/b/c"):
-        with pytest.raises(ValueError, match=f"^dataset '{re.escape(name)}' could not be loaded: there is no such"):
+        with pytest.raises(ValueError, match=f"^dataset '{re.escape(name)}' could not be loaded: it is no local dir"):
             check_places(DataArguments(dataset_name=name))
     with pytest.raises(ValueError, match="^data_dir is 'x', which is not a directory"):
         check_places(DataArguments(data_dir="x"))

@@ -209,7 +209,7 @@ def check_places(args: Any) -> None:
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if is_path and "://" not in name and not Path(name).expanduser().exists():
         raise UserError(
-            f"dataset {name!r} could not be loaded: there is no such directory, and no dataset of the Hub is named so "
+            f"dataset {name!r} could not be loaded: it is no local directory, and no dataset of the Hub is named so "
             "(owner/name). Check the path; a relative one begins in the current directory"
         )
 

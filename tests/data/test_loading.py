@@ -11,12 +11,26 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from hf_deit import load_image_dataset
 from hf_deit.data.decoding import decode_image
 from hf_deit.data.labels import hold_out
 from hf_deit.data.registry import REGISTRY
 from hf_deit.errors import UserError
+
+
+def test_digits_are_the_files_that_pillow_writes():
+    images = load_image_dataset("digits", splits=("eval",))["eval"]["image"]
+    for image in images:
+        pixels = Image.open(io.BytesIO(image["bytes"]))
+        buffer = io.BytesIO()
+        Image.fromarray(np.asarray(pixels)).save(buffer, "BMP")
+        assert buffer.getvalue() == image["bytes"]
+    of_scikit_learn = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)
+    assert {np.asarray(Image.open(io.BytesIO(image["bytes"]))).tobytes() for image in images} <= {
+        image.tobytes() for image in of_scikit_learn
+    }
 
 
 def test_digits_come_without_network():
