@@ -29,6 +29,7 @@ try:
     on_main_process(refuse)
 except CheckpointError as refusal:
     told = str(refusal)
+PartialState().destroy_process_group()
 os.write(1, f"{rank}: did it {len(done)} times, {found}, {told}\\n".encode())
 """
 
@@ -142,3 +143,16 @@ def test_a_loaders_worker_does_not_keep_the_lock(tmp_path, holder):
         with only_run_in(tmp_path):
             pass
         os.kill(worker, signal.SIGKILL)
+
+
+def test_a_script_that_is_over_leaves_its_group(tmp_path):
+    """A rank that is left in it at the end of the interpreter was once aborted (status -6) after all was done."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import atexit, torch.distributed as dist\n"
+        "from hf_deit.errors import run_script\n"
+        "atexit.register(lambda: print(dist.is_initialized(), flush=True))\n"
+        f"run_script(lambda: dist.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=0, world_size=1))\n"
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

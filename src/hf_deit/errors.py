@@ -123,6 +123,7 @@ def run_script(main: Callable[[], object]) -> None:
         with sigterm_raises():
             _prepare_process()
             main()
+            _leave_group()
             if sys.stdout is not None:
                 sys.stdout.flush()
     except SystemExit as error:
@@ -141,6 +142,13 @@ def run_script(main: Callable[[], object]) -> None:
             raise
         _drop_what_nobody_reads()
         sys.exit(1 if getattr(error, "said_by_main_process", False) else f"error: {printable(message)}")
+
+
+def _leave_group() -> None:
+    """Leave the other processes of a run that is over. Left to the end of the interpreter, this may abort a rank."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @contextmanager
