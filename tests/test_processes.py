@@ -152,7 +152,8 @@ def test_a_script_that_is_over_leaves_its_group(tmp_path):
         "import atexit, torch.distributed as dist\n"
         "from hf_deit.errors import run_script\n"
         "atexit.register(lambda: print(dist.is_initialized(), flush=True))\n"
-        f"run_script(lambda: dist.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=0, world_size=1))\n"
+        f"meet = 'file://{tmp_path}/meet'\n"
+        "run_script(lambda: dist.init_process_group('gloo', init_method=meet, rank=0, world_size=1))\n"
     )
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
