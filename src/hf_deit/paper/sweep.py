@@ -417,8 +417,8 @@ class Sweep:
             difference = ""
             if values != first[cell.column]:
                 pairs = [values[seed] - first[cell.column][seed] for seed in values.keys() & first[cell.column].keys()]
-                difference = "{:+.2f} ± {:.2f}".format(*mean_and_interval(pairs)) if pairs else ""
-            measured = f"{mean:.2f} ± {deviation:.2f}" if values else "not run"
+                difference = _with_error(*mean_and_interval(pairs), sign="+") if pairs else ""
+            measured = _with_error(mean, deviation) if values else "not run"
             paper = "" if cell.paper is None else f"{cell.paper}"
             lines.append(f"| {cell.row} | {cell.column} | {measured} | {len(values)} | {difference} | {paper} |")
         return "\n".join(lines) + "\n"
@@ -455,6 +455,11 @@ def _size_of(own: tuple[tuple[str, object], ...], image_size: int, classes: int)
 
 def _read(path: Path) -> dict:
     return yaml.safe_load(path.read_text("utf-8")) or {}
+
+
+def _with_error(mean: float, error: float, sign: str = "") -> str:
+    """The mean with its error; without one where a single seed gives none."""
+    return f"{mean:{sign}.2f}" if math.isnan(error) else f"{mean:{sign}.2f} ± {error:.2f}"
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
