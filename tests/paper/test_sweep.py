@@ -120,8 +120,12 @@ def test_a_scale_like_another_has_its_fields_rows_and_seeds(sweep, tmp_path):
 def test_the_caption_says_what_the_runs_have_in_common(sweep):
     # Lengths and sizes of images differ by column. A block of width w has 12 w² + 13 w parameters: twelve are 1.34M,
     # and the patches of 16 pixels 0.07M.
-    assert sweep("little", [0, 1, 2]).caption == "cifar10, 1.4M parameters, 3 seeds"
-    assert sweep("paper", [0]).caption == "imagenet-1k, 1 seed"
+    assert sweep("little", [0, 1, 2]).caption == "cifar10, 1.4M parameters, 0 of 3 seeds finished"
+    paper = sweep("paper", [0])
+    assert paper.caption == "imagenet-1k, 0 of 1 seed finished"
+    for run in paper.runs():
+        paper.record(run, {"eval_top1": 0.5, "train_samples_per_second": 1.0})
+    assert paper.caption == "imagenet-1k, 1 seed"
 
 
 def test_labels_say_what_ran_where_a_name_says_the_papers(sweep, tmp_path):
@@ -276,7 +280,7 @@ def test_rebuild_runs_nothing_and_writes_what_there_is(tmp_path):
     done = subprocess.run([*command, "--results", str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "starved/table_tokens.md").read_text()
-    assert "cifar10, 2,500 training images, 100 epochs, 32 pixels, 0.5M parameters, 5 seeds" in page
+    assert "cifar10, 2,500 training images, 100 epochs, 32 pixels, 0.5M parameters, 0 of 5 seeds finished" in page
     assert "| two class tokens | B 224 | 41.00 ± 0.00 | 2 | +1.00 ± 0.00 |  |" in page
     assert "| distillation token | B 224 | not run | 0 |" in page
     assert (tmp_path / "starved/table_tokens.png").exists()

@@ -368,7 +368,11 @@ class Sweep:
             *common((keys.get("image_size", 224) for keys in students), "{} pixels"),
             *common(map(_size_of_student, students), "{} parameters"),
         ]
-        return ", ".join([*facts, f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)}"])
+        seeds = f"{len(self.seeds)} seed{'s' * (len(self.seeds) != 1)}"
+        finished = min(len(self.values(cell)) for cell in self.cells)
+        if finished < len(self.seeds):
+            seeds = f"{finished} of {seeds} finished"
+        return ", ".join([*facts, seeds])
 
     @cached_property
     def labels(self) -> dict[str, str]:
