@@ -123,8 +123,8 @@ def test_the_caption_says_what_the_runs_have_in_common(sweep):
     assert sweep("little", [0, 1, 2]).caption == "cifar10, 1.4M parameters, 0 of 3 seeds finished"
     paper = sweep("paper", [0])
     assert paper.caption == "imagenet-1k, 0 of 1 seed finished"
-    for run in paper.runs():
-        paper.record(run, {"eval_top1": 0.5, "train_samples_per_second": 1.0})
+    for run in paper.runs:
+        finish(paper, run, **{cell.metric: 0.5 for cell in paper.cells})
     assert paper.caption == "imagenet-1k, 1 seed"
 
 
