@@ -321,14 +321,19 @@ class TurningNaN(torch.nn.Module):
         return logits
 
 
-@FAULTS
-def teacher_turns_nan() -> Row:
-    """a teacher begins to answer NaN"""
-    run = Run("teacher turns NaN", teacher="python:__main__:TurningNaN").start()
+def taught_by(factory: str, cause: str) -> Row:
+    """A run whose teacher goes wrong is stopped, and goes on with the right one."""
+    run = Run(f"teacher {factory}", teacher=f"python:__main__:{factory}").start()
     run.ends(status=1)
     said = run.last_words
     run.changed(teacher=TEACHER)
-    return clear(said, f"stopped at step {FAULTY_STEP}: the outputs of teacher 'python", run.goes_on(), "in that step")
+    return clear(said, cause, run.goes_on(), "in that step")
+
+
+@FAULTS
+def teacher_turns_nan() -> Row:
+    """a teacher begins to answer NaN"""
+    return taught_by("TurningNaN", f"stopped at step {FAULTY_STEP}: the outputs of teacher 'python")
 
 
 class Poison(TrainerCallback):
@@ -359,11 +364,7 @@ class Forgetful(TurningNaN):
 @FAULTS
 def teacher_returns_nothing() -> Row:
     """a teacher begins to return None"""
-    run = Run("teacher returns None", teacher="python:__main__:Forgetful").start()
-    run.ends(status=1)
-    said = run.last_words
-    run.changed(teacher=TEACHER)
-    return clear(said, "teacher", run.goes_on(), "in that step")
+    return taught_by("Forgetful", "teacher")
 
 
 @FAULTS

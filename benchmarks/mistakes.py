@@ -18,6 +18,14 @@ from lives import DIGITS, FOLDER, HUB, SHORT, TEACHER, distill, teacher, words
 MISTAKES = Listed()
 
 
+def warned_of(run: Run, pattern: str) -> Row:
+    """Start the run again: it goes on to its end, after a warning like that."""
+    run.start().ends(status=0)
+    said = run.find(pattern)
+    promise(said, "a warning that names it")
+    return Row(said, "nothing")
+
+
 @MISTAKES
 def same_command_twice() -> Row:
     """the same command while the run goes on"""
@@ -160,10 +168,7 @@ def other_label() -> Row:
     labels[300] = (labels[300] + 1) % 10
     kind = rows.schema.field("label").type
     pq.write_table(rows.set_column(1, rows.schema.field("label"), pa.array(labels, kind)), folder / "train.parquet")
-    run.start().ends(status=0)
-    said = run.find("^resuming with ")
-    promise(said, "a warning that names it")
-    return Row(said, "nothing")
+    return warned_of(run, "^resuming with ")
 
 
 @MISTAKES
@@ -179,10 +184,7 @@ def other_student() -> Row:
 def other_batch() -> Row:
     """another batch size on resuming"""
     run = Run("other batch").stopped_by(signal.SIGKILL, FAULTY_STEP).changed(per_device_train_batch_size=32)
-    run.start().ends(status=0)
-    said = run.find("resuming with batch size")
-    promise(said, "a warning that names it")
-    return Row(said, "nothing")
+    return warned_of(run, "resuming with batch size")
 
 
 @MISTAKES

@@ -16,13 +16,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+
+from import_time import BASE, rows, table
 
 from hf_deit.paper.machine import describe_machine
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-BASE = "import torch"
 DISTILL = ["-m", "hf_deit", "distill", "quickstart"]
 # The command line, and how the process ends: its status, or None for the one that is killed.
 PROGRAMS = {
@@ -66,34 +66,6 @@ def run(arguments: list[str], status: int | None) -> tuple[float, float]:
     return seconds, usage.ru_utime + usage.ru_stime
 
 
-def rows(times: dict[str, list[tuple[float, float]]]) -> list[dict]:
-    """Medians, and medians of the difference from, and the ratio to, `import torch` of the same round."""
-    found = []
-    for program, measured in times.items():
-        row: dict = {"program": program, "runs": measured}
-        for column, kind in enumerate(("wall", "cpu")):
-            pairs = [(own[column], base[column]) for own, base in zip(measured, times[BASE], strict=True)]
-            row[kind] = median(own for own, _ in pairs)
-            row[f"{kind}_beyond_torch"] = median(own - base for own, base in pairs)
-            row[f"{kind}_ratio"] = median(own / base for own, base in pairs)
-        found.append(row)
-    return found
-
-
-def table(found: list[dict]) -> str:
-    lines = [
-        f"| program | wall s | beyond torch | times `{BASE}` | processor s | beyond torch | times `{BASE}` |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in found:
-        cells = (
-            f"{row[kind]:.2f} | {row[f'{kind}_beyond_torch']:.2f} | {row[f'{kind}_ratio']:.2f}"
-            for kind in ("wall", "cpu")
-        )
-        lines.append(f"| {row['program']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 @contextlib.contextmanager
 def one_core_busy(wanted: bool):
     if not wanted:
@@ -121,8 +93,8 @@ def main() -> None:
                 measured = run(arguments, status)
                 if number:  # the first round fills the caches of the disk
                     times[program].append(measured)
-    found = rows(times)
-    print(f"medians of {args.rounds}", table(found), sep="\n\n")
+    found = rows(times, BASE)
+    print(f"medians of {args.rounds}", table(found, BASE), sep="\n\n")
     if args.json:
         machine = describe_machine("cpu") | {"one core busy": args.busy}
         report = {"machine": machine, "rounds": args.rounds, "programs": found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, Literal
 from .errors import UserError
 
 
+# A name on the Hub: `owner/name`.
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 Affects = Literal["views", "weights", "machine"]
 # What people set first, in the order of `--help`.
 Heading = Literal["data", "model", "teacher", "training", "output"]
@@ -195,7 +198,7 @@ class ClassifierArguments:
 
 
 def check_places(args: Any) -> None:
-    """Refuse a directory of images that is not there, before anything is imported that could load it.
+    """Refuse a directory of images that is not there; nothing is imported that could load it.
 
     Args:
         args: anything with the attributes `dataset_name` and `data_dir`.
@@ -209,8 +212,8 @@ def check_places(args: Any) -> None:
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if is_path and "://" not in name and not Path(name).expanduser().exists():
         raise UserError(
-            f"dataset {name!r} could not be loaded: it is no local directory, and no dataset of the Hub is named so "
-            "(owner/name). Check the path; a relative one begins in the current directory"
+            f"dataset {name!r} could not be loaded: it is no local directory, and names on the Hub have the form "
+            "owner/name. Check the path; a relative one begins in the current directory"
         )
 
 

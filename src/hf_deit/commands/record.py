@@ -15,13 +15,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import HUB_ID
 from ..errors import UserError, clear_hub_errors, printable
 
 
 if TYPE_CHECKING:
     from ..teachers.record import Header
 
-NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 KINDS_OF_OUTPUTS = {
     "decisions": "the teacher's decision, 2 bytes a view",
     "logits": "all logits of the teacher, float32, and its decision",
@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--license", help="of the teacher's outputs; default: what the teacher's model card says")
     parser.add_argument("--partial", action="store_true", help="also if the record ends within an epoch")
     args = parser.parse_args(argv)
-    if not NAME.fullmatch(args.name):
+    if not HUB_ID.fullmatch(args.name):
         parser.error(f"{args.name!r} is no name on the Hub: expected <owner>/<name>")
     return args
 

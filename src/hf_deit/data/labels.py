@@ -63,8 +63,8 @@ def labels_of(images: Any) -> np.ndarray | None:
     Args:
         images: as [`load_image_dataset`] returns them, or rows in a list. The labels of a stream are not at hand.
     """
-    if hasattr(images, "with_format"):
-        labels = images.with_format("numpy")["label"][:]
+    if isinstance(images, datasets.Dataset):
+        labels = labels_in(images)
     else:
         labels = [row["label"] for row in images] if isinstance(images, (list, tuple)) else []
     return np.asarray(labels, np.int64) if len(labels) else None

@@ -41,8 +41,8 @@ from ..arguments import available_cores
 from ..errors import UserError, printable
 from ..files import flush, read_json, write_whole
 from ..processes import LOCK, only_run_in
-from .decoding import DamagedImage, Part, decode_image, path_of, read_encoded
-from .labels import check_labels
+from .decoding import BAD_IMAGES_FILE, DamagedImage, Part, decode_image, path_of, read_encoded
+from .labels import check_labels, labels_in
 from .streaming import ParquetWriter, StreamedImages
 
 
@@ -57,7 +57,6 @@ SAMPLE = 64  # images from which the size of all is estimated, and on which view
 MAX_JPEG_SIDE, MAX_ROW_GROUPS = 65_500, 32_767
 
 UNFINISHED = "_packing.json"  # what is being packed; there until all files are whole
-DAMAGED = "_bad_images.txt"
 PACKED = ".packed"  # ends the name of a whole file until all are; so nobody loads half a dataset
 WRITING = ".writing"
 SHARD_KEY = "hf_deit.pack"  # of what a file says of itself in its footer
@@ -322,8 +321,8 @@ def _digest_of_listing(rows: Any) -> str:
     and the stored sizes of its row groups."""
     if isinstance(rows, StreamedImages):
         return _digest_of([rows.stored_labels(), rows.stored_sizes()])
-    digest = hashlib.sha256(np.ascontiguousarray(_of_rows(rows, rows.data.column("label")), "<i8").tobytes())
-    paths = _of_rows(rows, _field(rows, "path"), as_numpy=False)
+    digest = hashlib.sha256(np.ascontiguousarray(labels_in(rows), "<i8").tobytes())
+    paths = _of_rows(rows, _field(rows, "path"))
     for start in range(0, len(paths), 1 << 16):
         digest.update("".join(f"{path or ''}\0" for path in paths.slice(start, 1 << 16).to_pylist()).encode())
     return digest.hexdigest()
@@ -341,18 +340,16 @@ def _field(rows: Any, name: str) -> pa.ChunkedArray:
     )
 
 
-def _of_rows(rows: Any, column: pa.ChunkedArray, as_numpy: bool = True) -> Any:
+def _of_rows(rows: Any, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Return the values of a column of the whole table in the order of a subset's rows."""
-    if rows._indices is not None:
-        column = column.take(rows._indices.column(0))
-    return column.to_numpy() if as_numpy else column
+    return column if rows._indices is None else column.take(rows._indices.column(0))
 
 
 def _sizes(rows: Any, start: int, end: int) -> list[int]:
     """The bytes of each image in the source, -1 for a missing file; no image is read."""
     rows = rows.select(range(start, end))
-    lengths = _of_rows(rows, _lengths(rows), as_numpy=False).to_pylist()
-    paths = _of_rows(rows, _field(rows, "path"), as_numpy=False).to_pylist()
+    lengths = _of_rows(rows, _lengths(rows)).to_pylist()
+    paths = _of_rows(rows, _field(rows, "path")).to_pylist()
     with ThreadPoolExecutor(16) as threads:
         return list(threads.map(_size_of, lengths, paths))
 
@@ -478,21 +475,21 @@ def _write_all(
                 found = _write_file(folder / file, images, start, names, settings.leave_out_damaged, bar)
                 damaged += [(plan.split, *each) for each in found]
     if not damaged:
-        (folder / DAMAGED).unlink(missing_ok=True)
+        (folder / BAD_IMAGES_FILE).unlink(missing_ok=True)
         return {plan.split: _packed_split(folder, plan, len(names)) for plan in plans}
     lines = [f"{split}\t{index}\t{printable(name or '')}\t{printable(why)}" for split, index, name, why in damaged]
-    write_whole(folder / DAMAGED, "\n".join(["split\tindex\tpath\treason", *lines, ""]))
+    write_whole(folder / BAD_IMAGES_FILE, "\n".join(["split\tindex\tpath\treason", *lines, ""]))
     if not settings.leave_out_damaged:
         split, index, name, why = damaged[0]
         raise UserError(
             f"{len(damaged)} of {num_images} images are damaged, such as number {index} of {split!r} (path "
-            f"{printable(str(name))}: {printable(why)}); all are listed in {str(folder / DAMAGED)!r}: repair them, or "
-            "leave them out with leave_out_damaged, and start the same command again"
+            f"{printable(str(name))}: {printable(why)}); all are listed in {str(folder / BAD_IMAGES_FILE)!r}: repair "
+            "them, or leave them out with leave_out_damaged, and start the same command again"
         )
     packed = {plan.split: _packed_split(folder, plan, len(names)) for plan in plans}
     if empty := [split for split, each in packed.items() if not each.num_images]:
         raise UserError(
-            f"every image of {empty[0]!r} is damaged, see {str(folder / DAMAGED)!r}: nothing can be packed"
+            f"every image of {empty[0]!r} is damaged, see {str(folder / BAD_IMAGES_FILE)!r}: nothing can be packed"
         )
     return packed
 

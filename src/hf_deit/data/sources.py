@@ -23,6 +23,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..arguments import DataArguments, check_places
 from ..errors import UserError, first_line
 from ..files import check_tar, read_json
 from .decoding import check_paths, storable_path
@@ -145,8 +146,7 @@ def find_source(
                 f"{entry.layout.description}"
             )
         return _find_in_directory(directory, entry, streaming, requested, unread), unread
-    if data_dir is not None:
-        raise UserError(f"data_dir is {data_dir!r}, which is not a directory; check the path")
+    check_places(DataArguments(dataset_name=name, data_dir=data_dir))
     if not streaming:
         rows = _from_hub(datasets.load_dataset, name, entry)
         for split in rows.values():

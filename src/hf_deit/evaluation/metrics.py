@@ -44,19 +44,7 @@ class _LocalMetric(evaluate.Metric):
 
 
 class TopKAccuracy(_LocalMetric):
-    """Share of the samples whose label is among the k best classes.
-
-    `compute(predictions, references, top_k=(1, 5))`:
-        predictions: `(samples, K)`, int, the K best classes of each sample, best first.
-        references: `(samples,)`, int, the labels.
-        top_k: the values of k. Those above K are left out.
-
-    Returns:
-        `{"top1": ..., "top5": ...}`, fractions in [0, 1].
-
-    Raises:
-        ValueError: if the shapes do not fit, or there are no samples.
-    """
+    """Share of the samples whose label is among the k best classes: `compute(...)` is [`top_k_accuracy`]."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

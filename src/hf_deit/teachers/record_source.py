@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
+from ..arguments import HUB_ID
 from ..data.streaming import with_retries
 from ..errors import UserError, first_line
 from ..files import MEBIBYTE
@@ -40,7 +41,7 @@ from .record import HEADER, Header, answers_file, problem_in, size_problem
 
 T = TypeVar("T")
 
-ON_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w][\w./-]*))?")
+ON_HUB = re.compile(rf"({HUB_ID.pattern})(?:@(\w[\w./-]*))?")
 REFUSALS = (
     RepositoryNotFoundError,
     RevisionNotFoundError,

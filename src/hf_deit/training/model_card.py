@@ -17,6 +17,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..arguments import HUB_ID
+
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 LOSSES = {
@@ -25,7 +27,6 @@ LOSSES = {
     "label": "labels, by both heads",
     "none": "labels",
 }
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 # Facts that the template shows unchanged, and that are therefore escaped.
 SHOWN_NAMES = ("name", "architecture", "adapter", "head_fusion", "dataset_terms", "eval_split")
 # Matches an absolute path inside a word, `~/` and `C:\\` included, but not the slashes of `owner/name` or `https://`.
