@@ -282,6 +282,7 @@ def test_what_the_hub_cannot_give_is_one_line(hub, tmp_path):
         hub.fail_next(2, 503, "answers-00002.bin")
         hub.cut_after(10, "/store/", count=1)
         assert len(client(f"answer = read('user/good@{first}', (2,))")) == 1
+        assert len(client(f"answer = read('user/good@{first}', (1,))")) == 1  # all three files are in the cache now
         hub.down = True
         message = client("answer = failure(lambda: read('user/other'))")
         assert message.startswith("cannot fetch record.json of teacher_replay 'user/other' from the Hub:")
